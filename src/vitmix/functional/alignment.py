@@ -1,0 +1,119 @@
+"""Carry label shares through attention (TL-Align, Xiao et al. 2023).
+
+A token's label is a mixture of the labels of K sources, and rows of attention sum to 1. So instead
+of a ``(B, N, C)`` label tensor it is enough to move the shares of the sources, ``(B, N, K)``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitmix.errors import InputError
+
+__all__ = ["align_shares", "attend_with_shares", "pooled_shares"]
+
+# Widths that fused kernels take are multiples of this.
+_WIDTH_STEP = 8
+_MAX_FUSED_WIDTH = 256
+
+
+def align_shares(shares: Tensor, attention: Tensor, *, key_shares: Tensor | None = None) -> Tensor:
+    """Move shares through one attention layer with its residual connection (TL-Align).
+
+    ``(mean_h(A) @ shares + shares) / 2``: half from attention, half from the residual connection.
+
+    Args:
+        shares: ``(B, N, K)``, rows sum to 1.
+        attention: ``(B, H, N, N)`` after softmax, before dropout; no gradient is kept.
+        key_shares: ``(B, M, K)`` shares of the keys when they are not the queries, with
+            ``attention`` ``(B, H, N, M)``.
+
+    Returns:
+        ``(B, N, K)``, rows sum to 1.
+
+    Raises:
+        InputError: shapes that don't fit.
+
+    Example:
+        >>> shares = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+        >>> align_shares(shares, torch.full((1, 1, 2, 2), 0.5))
+        tensor([[[0.7500, 0.2500],
+                 [0.2500, 0.7500]]])
+    """
+    keys = shares if key_shares is None else key_shares
+    expected = (len(shares), shares.shape[1], keys.shape[1])
+    if attention.ndim != 4 or (len(attention), *attention.shape[2:]) != expected:
+        raise InputError(
+            f"expected `attention` ({expected[0]}, H, {expected[1]}, {expected[2]}) for `shares` "
+            f"{tuple(shares.shape)}, got {tuple(attention.shape)}"
+        )
+    mean = attention.detach().to(shares.dtype).mean(1)
+    return (mean @ keys + shares) / 2
+
+
+def attend_with_shares(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shares: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Fused attention that carries shares along: ``softmax(q k) v`` and ``mean_h(A) @ shares``.
+
+    The shares ride as extra value channels of one and the same kernel call, so that no ``(N, M)``
+    matrix is ever held. With attention dropout, which must not touch them, they take a second call
+    without gradient.
+
+    Args:
+        query: ``(B, H, N, d)``.
+        key: ``(B, H, M, d)``.
+        value: ``(B, H, M, e)``.
+        shares: ``(B, M, K)`` float32 shares of the keys, rows sum to 1.
+        attn_mask: as for ``torch.nn.functional.scaled_dot_product_attention``.
+        dropout_p: attention dropout of the model's own output.
+        is_causal: as for ``scaled_dot_product_attention``.
+        scale: factor on the products; ``1 / sqrt(d)`` by default.
+
+    Returns:
+        Output ``(B, H, N, e)``, with gradient, and attended shares ``(B, N, K)``, without.
+    """
+    width, extra = value.shape[-1], shares.shape[-1]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    # Rows of A sum to 1, so a constant per source can be left at home: what is rounded to the
+    # kernel's dtype is then only the small deviation from it.
+    centre = shares.mean(1, keepdim=True)
+    riders = (shares - centre).to(value.dtype)
+    riders = riders[:, None].expand(-1, value.shape[1], -1, -1)
+    full = -(-(max(width, query.shape[-1]) + extra) // _WIDTH_STEP) * _WIDTH_STEP
+    options: dict[str, Any] = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale}
+    if dropout_p > 0.0 or full > _MAX_FUSED_WIDTH:
+        output = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, **options)
+        with torch.no_grad():
+            attended = _attend(query.detach(), key.detach(), riders, 0, options)
+    else:
+        both = _attend(query, key, torch.cat((value, riders), -1), full, options)
+        output = both[..., :width]
+        attended = both[..., width : width + extra].detach()
+    return output, attended[..., :extra].float().mean(1) + centre
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, width: int, options: dict[str, Any]
+) -> Tensor:
+    """Attention with all three padded to one width, as fused kernels want it."""
+    width = width or -(-max(value.shape[-1], query.shape[-1]) // _WIDTH_STEP) * _WIDTH_STEP
+    padded = [F.pad(t, (0, width - t.shape[-1])) for t in (query, key, value)]
+    return F.scaled_dot_product_attention(*padded, **options)
+
+
+def pooled_shares(shares: Tensor, weights: Tensor) -> Tensor:
+    """Shares ``(B, N, K)`` under pooling weights ``(B, N)``: ``(B, K)``."""
+    return torch.einsum("bnk,bn->bk", shares, weights.to(shares.dtype))

@@ -1,0 +1,75 @@
+"""Who is mixed with whom: saliency gain and optimal assignment (TokenMixup, Eq. 4 to 7)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitmix.errors import InputError
+
+__all__ = ["optimal_assignment", "saliency_gain"]
+
+
+def saliency_gain(saliency: Tensor, candidates: Tensor, rho: float) -> Tensor:
+    """Saliency that each sample gains from each candidate (TokenMixup, Eq. 6).
+
+    ``G[i, j] = sum_t max(candidates[j, t] - saliency[i, t] - rho, 0)``. Because
+    ``max(a, 0) = (a + |a|) / 2`` it is an L1 distance plus sums of rows: no ``(B', B, N)`` tensor.
+
+    Args:
+        saliency: ``(B', N)`` of the samples to be mixed.
+        candidates: ``(B, N)`` of the samples that can be mixed in.
+        rho: least gain for which a token is replaced, in units of saliency.
+
+    Returns:
+        ``(B', B)`` gain, not negative.
+
+    Raises:
+        InputError: shapes that don't fit.
+
+    Example:
+        >>> saliency_gain(torch.tensor([[0.1, 0.9]]), torch.tensor([[0.9, 0.1]]), rho=0.0)
+        tensor([[0.8000]])
+    """
+    if saliency.ndim != 2 or candidates.ndim != 2 or saliency.shape[1] != candidates.shape[1]:
+        raise InputError(
+            "expected `saliency` (B', N) and `candidates` (B, N) over the same tokens, "
+            f"got {tuple(saliency.shape)} and {tuple(candidates.shape)}"
+        )
+    dtype = torch.float64 if torch.float64 in (saliency.dtype, candidates.dtype) else torch.float32
+    threshold = saliency.to(dtype) + rho
+    candidates = candidates.to(dtype)
+    total = candidates.sum(1) - threshold.sum(1, keepdim=True)
+    return ((torch.cdist(threshold, candidates, p=1.0) + total) / 2).clamp_min(0.0)
+
+
+def optimal_assignment(gain: Tensor) -> Tensor:
+    """Distinct columns that maximise the total gain (TokenMixup, Eq. 7), solved exactly.
+
+    Args:
+        gain: ``(B', B)`` with ``B' <= B``, finite.
+
+    Returns:
+        ``(B',)`` int64, the column of each row, on the device of ``gain``.
+
+    Raises:
+        InputError: more rows than columns, or an entry that is not finite.
+
+    Example:
+        >>> optimal_assignment(torch.tensor([[3.0, 2.0], [3.0, 0.0]]))
+        tensor([1, 0])
+    """
+    # Imported here because `import vitmix` must stay as light as `import torch`.
+    from scipy.optimize import linear_sum_assignment
+
+    if gain.ndim != 2 or gain.shape[0] > gain.shape[1]:
+        raise InputError(
+            f"expected `gain` (B', B) with no more rows than columns, got {tuple(gain.shape)}"
+        )
+    host = gain.detach().to("cpu", torch.float64)
+    if not bool(torch.isfinite(host).all()):
+        raise InputError(
+            "expected finite `gain`, got NaN or infinity; check the saliency it was computed from"
+        )
+    _, columns = linear_sum_assignment(host.numpy(), maximize=True)
+    return torch.as_tensor(columns, dtype=torch.int64).to(gain.device)

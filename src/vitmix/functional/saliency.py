@@ -1,0 +1,147 @@
+"""How much each token matters: saliency read from attention (TokenMixup, Eq. 2 and 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vitmix.errors import InputError
+
+__all__ = ["attention_rollout", "attention_saliency", "query_key_attention", "query_key_saliency"]
+
+# Elements of attention held at once by the column mean: 16 MB of float32.
+_CHUNK_ELEMENTS = 1 << 22
+
+
+def attention_saliency(
+    attention: Tensor, *, num_prefix_tokens: int = 0, class_token: bool = True
+) -> Tensor:
+    """Saliency of each token from one attention map (TokenMixup, Eq. 3).
+
+    Heads are averaged first. Without prefix tokens a token's saliency is the attention that it gets
+    from all queries on average, so that a row sums to 1. With a class token it is what the class
+    token gives it; prefix columns are left out and the row is not normalised again.
+
+    Args:
+        attention: ``(B, H, N, N)``, after softmax over the last axis and before dropout.
+        num_prefix_tokens: tokens in front that stand for no image region (class, registers).
+        class_token: whether the first prefix token is a class token. If not (registers only), the
+            mean over the queries of image tokens is taken.
+
+    Returns:
+        ``(B, N - num_prefix_tokens)`` saliency, float32 or wider.
+
+    Raises:
+        InputError: not four axes, or no image token left.
+
+    Example:
+        >>> attention_saliency(torch.full((1, 2, 4, 4), 0.25))
+        tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
+    """
+    if attention.ndim != 4:
+        raise InputError(
+            f"expected `attention` of shape (B, H, N, N), got {tuple(attention.shape)}"
+        )
+    if not 0 <= num_prefix_tokens < attention.shape[-1]:
+        raise InputError(
+            f"expected `num_prefix_tokens` from 0 to {attention.shape[-1] - 1}, "
+            f"got {num_prefix_tokens}"
+        )
+    attention = _wide(attention)
+    if num_prefix_tokens and class_token:
+        return attention[:, :, 0, num_prefix_tokens:].mean(1)
+    return attention[:, :, num_prefix_tokens:, num_prefix_tokens:].mean((1, 2))
+
+
+def attention_rollout(attentions: Sequence[Tensor] | Tensor) -> Tensor:
+    """Product of the head means of successive layers (TokenMixup, Eq. 2).
+
+    Args:
+        attentions: attention ``(B, H, N, N)`` of layer i, i + 1, ... in this order.
+
+    Returns:
+        ``(B, N, N)``; ``attention_saliency(rollout[:, None])`` is its saliency.
+
+    Raises:
+        InputError: an empty sequence.
+
+    Example:
+        >>> attention_rollout([torch.eye(3).expand(1, 2, 3, 3)] * 2)[0].trace()
+        tensor(3.)
+    """
+    if len(attentions) == 0:
+        raise InputError("expected `attentions` of at least one layer, got none")
+    product = _wide(attentions[0]).mean(1)
+    for attention in attentions[1:]:
+        product = product @ _wide(attention).mean(1)
+    return product
+
+
+def query_key_attention(
+    query: Tensor, key: Tensor, *, scale: float | None = None, attn_mask: Tensor | None = None
+) -> Tensor:
+    """Attention after softmax, ``(B, H, N, M)`` in float32, from queries and keys.
+
+    Args:
+        query: ``(B, H, N, d)``.
+        key: ``(B, H, M, d)``.
+        scale: factor on the products; ``1 / sqrt(d)`` by default.
+        attn_mask: bool (True = attend) or additive, broadcastable to ``(B, H, N, M)``.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    with torch.autocast(query.device.type, enabled=False):
+        scores = (_wide(query) * scale) @ _wide(key).transpose(-2, -1)
+        if attn_mask is not None:
+            if attn_mask.dtype == torch.bool:
+                scores = scores.masked_fill(~attn_mask, float("-inf"))
+            else:
+                scores = scores + attn_mask
+        return scores.softmax(-1)
+
+
+def query_key_saliency(
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    num_prefix_tokens: int = 0,
+    class_token: bool = True,
+) -> Tensor:
+    """:func:`attention_saliency` from queries and keys, without the whole attention map.
+
+    A class token's saliency needs one row of attention. The mean over queries needs all rows, but
+    only some samples at a time.
+
+    Args:
+        query: ``(B, H, N, d)``.
+        key: ``(B, H, M, d)`` with ``M >= N``; saliency is that of the first ``N`` keys.
+        scale: factor on the products; ``1 / sqrt(d)`` by default.
+        attn_mask: bool (True = attend) or additive, broadcastable to ``(B, H, N, M)``.
+        num_prefix_tokens: tokens in front that stand for no image region.
+        class_token: whether the first prefix token is a class token.
+
+    Returns:
+        ``(B, N - num_prefix_tokens)`` float32.
+    """
+    batch, heads, tokens, _ = query.shape
+    by_class_token = num_prefix_tokens > 0 and class_token
+    rows = slice(0, 1) if by_class_token else slice(num_prefix_tokens, tokens)
+    query = query[:, :, rows]
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(batch, heads, tokens, key.shape[2])[:, :, rows]
+    chunk = max(1, _CHUNK_ELEMENTS // (heads * query.shape[2] * key.shape[2]))
+    parts = []
+    for start in range(0, batch, chunk):
+        part = slice(start, start + chunk)
+        mask = None if attn_mask is None else attn_mask[part]
+        attention = query_key_attention(query[part], key[part], scale=scale, attn_mask=mask)
+        parts.append(attention.mean((1, 2))[:, num_prefix_tokens:tokens])
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Float32 at least: rho is near the resolution of bfloat16."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
