@@ -1,0 +1,1 @@
+"""Measuring what was trained: one checkpoint, or several methods side by side."""

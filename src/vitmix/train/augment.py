@@ -1,0 +1,96 @@
+"""Augmentation and normalisation of whole batches, on the device that the batch is on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vitmix.train.policies import Policy
+
+__all__ = ["BatchAugment", "normalise", "random_crop", "random_erase", "random_flip"]
+
+
+def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
+    """Pad ``(B, C, H, W)`` by zeros and cut a window of the old size, its own for each image."""
+    if not padding:
+        return images
+    count, _, height, width = images.shape
+    padded = F.pad(images, (padding,) * 4)
+    corner = torch.randint(2 * padding + 1, (2, count, 1), generator=generator)
+    rows = (corner[0] + torch.arange(height)).to(images.device)  # (B, H)
+    columns = (corner[1] + torch.arange(width)).to(images.device)  # (B, W)
+    sample = torch.arange(count, device=images.device)
+    # Advanced indices around a slice come first: (B, H, W, C).
+    window = padded[sample[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return window.permute(0, 3, 1, 2).contiguous()
+
+
+def random_flip(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """Mirror each image left to right with this probability."""
+    if not probability:
+        return images
+    chosen = torch.rand(len(images), generator=generator) < probability
+    return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(-1), images)
+
+
+def random_erase(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """Fill a random rectangle with noise (Zhong et al. 2020), on normalised images.
+
+    The area is 2% to 33% of the image and the aspect ratio 0.3 to 3.3.
+    """
+    if not probability:
+        return images
+    count, _, height, width = images.shape
+    chosen = torch.rand(count, generator=generator) < probability
+    area = torch.empty(count).uniform_(0.02, 1 / 3, generator=generator) * height * width
+    bound = math.log(0.3)
+    ratio = torch.empty(count).uniform_(bound, -bound, generator=generator).exp()
+    box_height = (area * ratio).sqrt().round().clamp(1, height)
+    box_width = (area / ratio).sqrt().round().clamp(1, width)
+    top = (torch.rand(count, generator=generator) * (height - box_height + 1)).floor()
+    left = (torch.rand(count, generator=generator) * (width - box_width + 1)).floor()
+
+    def inside(start: Tensor, length: Tensor, side: int) -> Tensor:
+        position = torch.arange(side)
+        return (position >= start[:, None]) & (position < (start + length)[:, None])
+
+    rows, columns = inside(top, box_height, height), inside(left, box_width, width)
+    erased = (rows[:, :, None] & columns[:, None, :] & chosen[:, None, None])[:, None]
+    noise = torch.randn(images.shape, generator=generator)
+    return torch.where(erased.to(images.device), noise.to(images), images)
+
+
+def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 images as floats with zero mean and unit variance a channel."""
+    shape = (1, -1, 1, 1)
+    offset = torch.tensor(mean, device=images.device).view(shape)
+    scale = torch.tensor(std, device=images.device).view(shape)
+    return (images.float() / 255 - offset) / scale
+
+
+@dataclass
+class BatchAugment:
+    """Random crop, flip, policy, normalisation, erasing; each skipped where it is off."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    generator: torch.Generator
+    crop_padding: int = 0
+    hflip: float = 0.0
+    policy: Policy | None = None
+    reprob: float = 0.0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Augment ``(B, 3, H, W)`` uint8 images; returns normalised floats."""
+        images = random_crop(images, self.crop_padding, self.generator)
+        images = random_flip(images, self.hflip, self.generator)
+        if self.policy is not None:
+            images = self.policy(images, self.generator)
+        return random_erase(normalise(images, self.mean, self.std), self.reprob, self.generator)

@@ -1,0 +1,177 @@
+"""The settings of a run: one dataclass, whose every field is a command-line option and a YAML key.
+
+Nothing heavy is imported here, so that ``--help`` and a wrong option answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+
+from vitmix.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["Device", "Precision", "TrainConfig", "suggest"]
+
+T = TypeVar("T")
+Precision = Literal["fp32", "bf16", "fp16"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+GROUPS = ("Data", "Augmentation", "Model", "Method", "Optimisation", "Run")
+
+
+def option(group: str, default: T, text: str) -> T:
+    """A dataclass field with the group and the help text that the command line shows."""
+    return cast("T", field(default=default, metadata={"group": group, "help": text}))
+
+
+@dataclass
+class TrainConfig:
+    """Everything that a training run needs to know.
+
+    The defaults follow the published CCT settings where these exist (AdamW 6e-4, weight decay
+    0.06, batch 128, label smoothing 0.1).
+    """
+
+    data: str = option(
+        "Data",
+        "digits",
+        "digits (comes with scikit-learn), a folder of class folders, a folder of Parquet files in "
+        "the Hugging Face image layout, or a torchvision data set such as cifar10",
+    )
+    data_root: str = option("Data", "data", "where torchvision's data sets are stored")
+    download: bool = option("Data", False, "let torchvision fetch a data set that is not there yet")
+    label_column: str | None = option(
+        "Data", None, "label column of Parquet files (default: the first ClassLabel)"
+    )
+    train_limit: int | None = option("Data", None, "use only the first N training rows")
+    test_share: float = option(
+        "Data", 0.2, "share of a folder that has no test images of its own to test on"
+    )
+    skip_corrupt: bool = option("Data", False, "skip and count images that cannot be decoded")
+    img_size: int | None = option(
+        "Data", None, "side in pixels that images are brought to (default: the size they have)"
+    )
+    workers: int = option("Data", 4, "processes that decode images too large to hold in memory")
+
+    crop_padding: int | None = option(
+        "Augmentation", None, "padding of the random crop (default: 1/8 of the image side)"
+    )
+    hflip: float | None = option(
+        "Augmentation", None, "probability of a horizontal flip (default: 0.5, for digits 0)"
+    )
+    aa: str = option(
+        "Augmentation", "none", "none, trivial, or RandAugment in timm's notation: rand-m9-mstd0.5"
+    )
+    reprob: float = option("Augmentation", 0.0, "probability of random erasing")
+
+    model: str = option("Model", "cct_2_3x2_32", "a CCT of vitmix.models or any timm name")
+    pretrained: bool = option("Model", False, "start from timm's pretrained weights")
+    drop_path: float | None = option("Model", None, "stochastic depth (default: the model's own)")
+
+    method: str = option(
+        "Method", "none", "a method, several joined by +, or a YAML file with mix, labels, tokens"
+    )
+    alpha: float | None = option("Method", None, "Beta parameter of the pixel mix")
+    tau: float | None = option(
+        "Method", None, "horizontal: samples with a ScoreNet loss up to tau (nats) are mixed"
+    )
+    rho: float | None = option("Method", None, "horizontal: least gain of saliency for a token")
+    kappa: int | None = option("Method", None, "vertical: tokens taken from each earlier block")
+    block: int | None = option("Method", None, "block of the token stage, counted from 0")
+    vertical_block: int | None = option(
+        "Method", None, "block of the vertical stage, when there are two"
+    )
+    teacher: str = option(
+        "Method",
+        "auto",
+        "teacher of tokenmix: auto (trains a plain model first), a checkpoint, or a timm name",
+    )
+
+    epochs: int = option("Optimisation", 10, "passes over the training data")
+    batch_size: int = option("Optimisation", 128, "images a step")
+    lr: float = option("Optimisation", 6e-4, "peak learning rate of AdamW")
+    min_lr: float = option("Optimisation", 1e-5, "learning rate at the end of the cosine")
+    weight_decay: float = option("Optimisation", 0.06, "weight decay (none on 1-d parameters)")
+    warmup_epochs: float = option("Optimisation", 1.0, "epochs of linear warm-up")
+    smoothing: float = option("Optimisation", 0.1, "label smoothing")
+    clip_grad: float | None = option("Optimisation", 1.0, "largest norm of the gradient, or null")
+    ema: bool = option("Optimisation", False, "evaluate an exponential moving average of weights")
+    ema_decay: float = option("Optimisation", 0.999, "decay of that average, a step")
+
+    precision: Precision = option("Run", "fp32", "arithmetic of the model")
+    device: Device = option("Run", "auto", "where to run")
+    channels_last: bool = option("Run", False, "channels-last memory layout (faster convolutions)")
+    threads: int | None = option("Run", None, "CPU threads (default: PyTorch's choice)")
+    seed: int = option("Run", 0, "seed of weights, order, augmentation and mixing")
+    log_every: int | None = option(
+        "Run", None, "steps between two logged values (default: about 1000 in a run)"
+    )
+    out: str = option("Run", "runs", "folder that run folders are made in")
+    name: str | None = option("Run", None, "name of the run folder (default: a new, telling one)")
+    overwrite: bool = option("Run", False, "replace an earlier run of the same name")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values for YAML and JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """Settings from plain values; keys of other versions are left out."""
+        names = {entry.name for entry in fields(cls)}
+        return cls(**{key: value for key, value in values.items() if key in names})
+
+    def validate(self) -> None:
+        """Refuse numbers that no run can work with.
+
+        Raises:
+            InputError: names the option, its range and what came.
+        """
+        at_least: dict[str, float] = {
+            "train_limit": 2, "img_size": 4, "workers": 0, "crop_padding": 0, "kappa": 1,
+            "block": 0, "vertical_block": 0, "epochs": 1, "batch_size": 1, "warmup_epochs": 0,
+            "weight_decay": 0, "min_lr": 0, "threads": 1, "log_every": 1, "seed": 0,
+        }  # fmt: skip
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise InputError(f"expected {_dashed(name)} to be at least {least}, got {value}")
+        for name in ("lr", "alpha", "clip_grad"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise InputError(f"expected {_dashed(name)} to be greater than 0, got {value}")
+        below_one = ("test_share", "hflip", "reprob", "smoothing", "ema_decay", "drop_path")
+        for name in below_one:
+            value = getattr(self, name)
+            inclusive = name in ("hflip", "reprob")
+            if value is not None and not (0 <= value <= 1 if inclusive else 0 <= value < 1):
+                bound = "between 0 and 1" if inclusive else "at least 0 and less than 1"
+                raise InputError(f"expected {_dashed(name)} to be {bound}, got {value}")
+        if self.test_share == 0:
+            raise InputError("expected --test-share to be greater than 0, got 0")
+        if self.tau is not None and not self.tau > 0:
+            raise InputError(f"expected --tau to be greater than 0 (inf mixes all), got {self.tau}")
+        if self.name is not None and Path(self.name).name != self.name:
+            raise InputError(
+                f"expected --name to be a plain folder name, got {self.name!r}; "
+                "use --out for the folder that it is made in"
+            )
+
+
+def _dashed(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'a' or 'b'?"`` for the nearest known names, or an empty string.
+
+    >>> suggest("cutmx", ["mixup", "cutmix"])
+    "; did you mean 'cutmix'?"
+    """
+    near = difflib.get_close_matches(name.lower(), list(known), n=2, cutoff=0.6)
+    return f"; did you mean {' or '.join(repr(word) for word in near)}?" if near else ""

@@ -1,0 +1,253 @@
+"""Data sets ready for training: split, checked, and decoded into memory where they are small."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vitmix.errors import InputError
+from vitmix.train.records import Records, Source, read_source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vitmix.train.config import TrainConfig
+
+__all__ = ["ImageData", "Split", "corrupt", "decode", "load_data"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Images up to this side are decoded once and kept, if all of them fit into this many bytes.
+MEMORY_SIDE = 96
+MEMORY_BYTES = 2 << 30
+
+# What Pillow raises for a broken file: SyntaxError for PNG chunks, ValueError for empty ones.
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Training or test images: a uint8 tensor in memory, or records decoded when needed."""
+
+    labels: Tensor  # (N,)
+    images: Tensor | None  # (N, 3, H, W) uint8
+    records: Records | None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set: both splits, class names, one image size, and how to normalise."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    test: Split
+    img_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    mirror: bool
+    skipped: int  # corrupt images left out
+
+
+def load_data(config: TrainConfig) -> ImageData:
+    """Read, check, split and, if small, decode the data set that ``config.data`` names.
+
+    Raises:
+        InputError: for everything that would make training on it wrong.
+    """
+    source = read_source(
+        config.data,
+        root=config.data_root,
+        download=config.download,
+        label_column=config.label_column,
+    )
+    train, test = _split(source, config.test_share)
+    if config.train_limit is not None:
+        train = train.select(range(min(config.train_limit, len(train))))
+    _check_classes(source, train)
+    size = config.img_size or _first_size(source.name, (train, test), config.skip_corrupt)
+    check = _SizeCheck(source.name, None if config.img_size else size)
+    total = (len(train) + len(test)) * 3 * size * size
+    if size > MEMORY_SIDE or total > MEMORY_BYTES:
+        if config.img_size is None:
+            _check_headers((train, test), check, config.skip_corrupt)
+        return ImageData(
+            source.name, source.classes, Split(train.labels, None, train),
+            Split(test.labels, None, test), size, IMAGENET_MEAN, IMAGENET_STD, source.mirror, 0,
+        )  # fmt: skip
+    train_split, train_skipped = _decode(train, size, check, config.skip_corrupt)
+    test_split, test_skipped = _decode(test, size, check, config.skip_corrupt)
+    if not len(test_split) or len(train_split.labels.unique()) < 2:
+        raise InputError(f"expected readable images in {config.data}, too few are left of it")
+    assert train_split.images is not None
+    mean, std = _statistics(train_split.images)
+    return ImageData(
+        source.name, source.classes, train_split, test_split, size, mean, std,
+        source.mirror, train_skipped + test_skipped,
+    )  # fmt: skip
+
+
+def _split(source: Source, test_share: float) -> tuple[Records, Records]:
+    """The data set's own split, or a stratified one that is the same for every seed."""
+    train, test = source.train, source.test
+    generator = torch.Generator().manual_seed(0)
+    if test is None:
+        held_out, kept = [], []
+        for label in train.labels.unique():
+            rows = (train.labels == label).nonzero().flatten()
+            rows = rows[torch.randperm(len(rows), generator=generator)]
+            count = max(1, round(len(rows) * test_share)) if len(rows) > 1 else 0
+            held_out.append(rows[:count])
+            kept.append(rows[count:])
+        test = train.select(torch.cat(held_out))
+        train = train.select(torch.cat(kept))
+        if not len(test):
+            raise InputError(
+                f"expected at least two images a class in {source.name!r} to hold some out for "
+                "testing, got one; add images, or a test folder"
+            )
+    if source.ordered:  # so that the first N rows hold all classes
+        train = train.select(_interleaved(train.labels, generator))
+    return train, test
+
+
+def _interleaved(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Rows in an order that goes round the classes, random within each class."""
+    rows = torch.randperm(len(labels), generator=generator)
+    turn = torch.empty_like(rows)
+    for label in labels.unique():
+        members = (labels[rows] == label).nonzero().flatten()
+        turn[members] = torch.arange(len(members))
+    return rows[torch.argsort(turn, stable=True)]
+
+
+def _check_classes(source: Source, train: Records) -> None:
+    for split in (source.train, source.test):
+        if split is None or not len(split):
+            continue
+        low, high = int(split.labels.min()), int(split.labels.max())
+        if low < 0 or high >= len(source.classes):
+            raise InputError(
+                f"expected labels from 0 to {len(source.classes) - 1} in {source.name!r}, "
+                f"got {low if low < 0 else high}; correct the labels"
+            )
+    present = len(train.labels.unique())
+    if present < 2:
+        only = source.classes[int(train.labels[0])] if len(train) else "none"
+        raise InputError(
+            f"expected images of at least two classes in {source.name!r}, got {present} ({only}); "
+            "add class folders, or raise --train-limit if you set it"
+        )
+
+
+@dataclass(frozen=True)
+class _SizeCheck:
+    """Refuses images whose size differs from ``side``; with ``None`` every size is welcome."""
+
+    name: str
+    side: int | None
+
+    def __call__(self, size: tuple[int, int], place: str) -> None:
+        if self.side is not None and size != (self.side, self.side):
+            raise InputError(
+                f"expected square images of one size in {self.name!r}, got {self.side}x{self.side} "
+                f"and {_by(size)} ({place}); pass --img-size {self.side} to resize and crop them"
+            )
+
+
+def _first_size(name: str, splits: tuple[Records, ...], skip_corrupt: bool) -> int:
+    """The shorter side of the first image that can be read."""
+    for records in splits:
+        for row in range(len(records)):
+            try:
+                with records.open(row) as image:
+                    return min(image.size)
+            except DECODE_ERRORS as error:
+                if not skip_corrupt:
+                    raise corrupt(records.describe(row)) from error
+    raise InputError(f"expected images in {name!r}, none can be read")
+
+
+def _check_headers(splits: tuple[Records, ...], check: _SizeCheck, skip_corrupt: bool) -> None:
+    """All sizes before the first step, without decoding."""
+    for records in splits:
+        for row in range(len(records)):
+            try:
+                with records.open(row) as image:
+                    size = image.size
+            except DECODE_ERRORS as error:
+                if not skip_corrupt:
+                    raise corrupt(records.describe(row)) from error
+            else:
+                check(size, records.describe(row))
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def corrupt(place: str) -> InputError:
+    """The error for an image that cannot be decoded."""
+    return InputError(
+        f"expected an image, cannot decode {place}; "
+        "replace it, or pass --skip-corrupt to leave such images out"
+    )
+
+
+def decode(image: Image.Image, size: int) -> Tensor:
+    """A PIL image as ``(3, size, size)`` uint8: shorter side resized, middle cut out."""
+    image = image.convert("RGB")
+    if image.size != (size, size):
+        width, height = image.size
+        scale = size / min(width, height)
+        resized = (max(size, round(width * scale)), max(size, round(height * scale)))
+        image = image.resize(resized, Image.Resampling.BICUBIC)
+        left, top = (resized[0] - size) // 2, (resized[1] - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _decode(
+    records: Records, size: int, check: _SizeCheck, skip_corrupt: bool
+) -> tuple[Split, int]:
+    """All images in one tensor, and how many were skipped. Threads: Pillow releases the GIL."""
+    images = torch.empty((len(records), 3, size, size), dtype=torch.uint8)
+    readable = torch.ones(len(records), dtype=torch.bool)
+
+    def fill(row: int) -> None:
+        try:
+            with records.open(row) as image:
+                check(image.size, records.describe(row))
+                images[row] = decode(image, size)
+        except InputError:  # a wrong size; also a ValueError
+            raise
+        except DECODE_ERRORS as error:
+            if not skip_corrupt:
+                raise corrupt(records.describe(row)) from error
+            readable[row] = False
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(fill, range(len(records)), chunksize=64):
+            pass
+    skipped = int((~readable).sum())
+    if skipped:
+        images = images[readable]
+    return Split(records.labels[readable], images, None), skipped
+
+
+def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel in [0, 1], over at most 20,000 images."""
+    sample = images[:20_000].transpose(0, 1).flatten(1)  # (3, N * H * W)
+    mean = [float(channel.double().mean() / 255) for channel in sample]
+    std = [max(float(channel.double().std() / 255), 1e-3) for channel in sample]
+    return tuple(mean), tuple(std)

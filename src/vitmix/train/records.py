@@ -1,0 +1,340 @@
+"""Readers: where labelled images come from. Each gives records; nothing is decoded here."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.resources
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vitmix.errors import InputError
+from vitmix.train.config import suggest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["TORCHVISION_SETS", "Records", "Source", "read_source"]
+
+IMAGE_SUFFIXES = frozenset(
+    (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+)
+TEST_NAMES = ("test", "val", "valid", "validation")
+
+# Name on the command line: (torchvision class, arguments of the train and of the test split).
+TORCHVISION_SETS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "cifar10": ("CIFAR10", {"train": True}, {"train": False}),
+    "cifar100": ("CIFAR100", {"train": True}, {"train": False}),
+    "mnist": ("MNIST", {"train": True}, {"train": False}),
+    "fashionmnist": ("FashionMNIST", {"train": True}, {"train": False}),
+    "svhn": ("SVHN", {"split": "train"}, {"split": "test"}),
+    "stl10": ("STL10", {"split": "train"}, {"split": "test"}),
+    "flowers102": ("Flowers102", {"split": "train"}, {"split": "test"}),
+    "oxfordiiitpet": ("OxfordIIITPet", {"split": "trainval"}, {"split": "test"}),
+    "food101": ("Food101", {"split": "train"}, {"split": "test"}),
+    "dtd": ("DTD", {"split": "train"}, {"split": "test"}),
+    "gtsrb": ("GTSRB", {"split": "train"}, {"split": "test"}),
+    "eurosat": ("EuroSAT", {}, {}),
+}
+
+
+@dataclass(frozen=True)
+class Records:
+    """Labelled images that are not decoded yet: ``open(i)`` gives a PIL image."""
+
+    labels: Tensor  # (N,) int64
+    open: Callable[[int], Image.Image]
+    describe: Callable[[int], str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, rows: Tensor | Sequence[int]) -> Records:
+        """The given rows, in the given order."""
+        index = torch.as_tensor(rows)
+        chosen = index.tolist()
+        return Records(
+            self.labels[index],
+            _Chosen(self.open, chosen),
+            _Chosen(self.describe, chosen),
+        )
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """A function of a row, seen through a selection (picklable, for data-loading processes)."""
+
+    function: Callable[[int], Any]
+    rows: list[int]
+
+    def __call__(self, row: int) -> Any:
+        return self.function(self.rows[row])
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a reader found. ``test`` is None where the data set has no split of its own."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Records
+    test: Records | None
+    mirror: bool = True  # False where a mirrored image means something else, as for digits
+    ordered: bool = False  # True where the rows come class by class
+
+
+def read_source(
+    data: str, *, root: str, download: bool = False, label_column: str | None = None
+) -> Source:
+    """Find the data set of this name, or read the folder at this path.
+
+    Raises:
+        InputError: nothing there, no images, one class, or labels out of range.
+    """
+    name = data.removeprefix("torchvision:").lower()
+    if data.lower() == "digits":
+        return _read_digits()
+    if name in TORCHVISION_SETS and not Path(data).is_dir():
+        return _read_torchvision(name, Path(root), download)
+    path = Path(data).expanduser()
+    if data.startswith("torchvision:") or not path.exists():
+        known = ("digits", *TORCHVISION_SETS)
+        raise InputError(
+            f"expected --data to be an existing folder or one of {', '.join(known)}; "
+            f"there is no {data!r}{suggest(name, known)}"
+        )
+    if not path.is_dir():
+        raise InputError(f"expected --data to be a folder, got the file {path}; give its folder")
+    for folder in (path, path / "data"):
+        files = sorted(folder.glob("*.parquet")) if folder.is_dir() else []
+        if files:
+            return _read_parquet(path.name, files, label_column)
+    return _read_folder(path)
+
+
+def _read_digits() -> Source:
+    """Scikit-learn's 1,797 handwritten digits, from its file: no import of the whole package."""
+    try:
+        packed = importlib.resources.files("sklearn.datasets.data").joinpath("digits.csv.gz")
+        table = np.loadtxt(io.BytesIO(gzip.decompress(packed.read_bytes())), delimiter=",")
+    except (ImportError, FileNotFoundError):
+        from sklearn.datasets import load_digits
+
+        bunch = load_digits()
+        table = np.concatenate([bunch.data, bunch.target[:, None]], axis=1)
+    pixels = np.round(table[:, :64].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+
+    def open_digit(row: int) -> Image.Image:
+        return Image.fromarray(pixels[row]).resize((32, 32), Image.Resampling.BICUBIC)
+
+    labels = torch.from_numpy(table[:, 64].astype(np.int64))
+    records = Records(labels, open_digit, lambda row: f"digit {row}")
+    names = tuple(str(digit) for digit in range(10))
+    return Source("digits", names, records, None, mirror=False, ordered=True)
+
+
+def _read_torchvision(name: str, root: Path, download: bool) -> Source:
+    import torchvision.datasets
+
+    class_name, train_arguments, test_arguments = TORCHVISION_SETS[name]
+    factory = getattr(torchvision.datasets, class_name)
+
+    def split(arguments: dict[str, Any]) -> Any:
+        try:
+            return factory(str(root), download=download, **arguments)
+        except RuntimeError as error:
+            raise InputError(
+                f"expected {class_name} under {root}, found none; "
+                "pass --download to fetch it, or --data-root FOLDER where it is"
+            ) from error
+
+    train = split(train_arguments)
+    test = split(test_arguments) if test_arguments else None
+    train_records = _torchvision_records(train)
+    names = getattr(train, "classes", None)
+    if names is None:
+        names = range(int(train_records.labels.max()) + 1)
+    classes = tuple(str(entry) for entry in names)
+    test_records = None if test is None else _torchvision_records(test)
+    mirror = name not in ("mnist", "svhn", "gtsrb")
+    return Source(name, classes, train_records, test_records, mirror, ordered=test is None)
+
+
+def _torchvision_records(dataset: Any) -> Records:
+    for attribute in ("targets", "labels", "_labels"):
+        labels = getattr(dataset, attribute, None)
+        if labels is not None:
+            break
+    else:  # GTSRB keeps pairs only
+        labels = [label for _, label in dataset._samples]
+    tensor = torch.as_tensor(np.asarray(labels), dtype=torch.int64)
+    return Records(
+        tensor, lambda row: dataset[row][0], lambda row: f"{type(dataset).__name__} image {row}"
+    )
+
+
+def _read_parquet(name: str, files: list[Path], label_column: str | None) -> Source:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def group(prefixes: Sequence[str]) -> list[Path]:
+        return [file for file in files if file.name.lower().startswith(tuple(prefixes))]
+
+    test_files = group(TEST_NAMES)
+    train_files = group(("train",)) or [file for file in files if file not in test_files]
+    if not train_files:
+        raise InputError(
+            f"expected train-*.parquet in {files[0].parent}, "
+            f"got only {', '.join(file.name for file in files[:3])}"
+        )
+
+    def read(paths: list[Path]) -> Any:
+        try:
+            return pa.concat_tables([pq.read_table(path) for path in paths])
+        except (pa.ArrowInvalid, OSError) as error:
+            raise InputError(f"expected Parquet in {paths[0]}: {_first_line(error)}") from error
+
+    train = read(train_files)
+    layout = _ParquetLayout.of(train.schema, label_column, train_files[0])
+    classes, train_records = layout.records(train, train_files[0], None)
+    test_records = None
+    if test_files:
+        _, test_records = layout.records(read(test_files), test_files[0], classes)
+    return Source(name, classes, train_records, test_records)
+
+
+@dataclass(frozen=True)
+class _ParquetLayout:
+    """Which columns hold the images and the labels, and the names of the classes."""
+
+    image: str
+    label: str
+    names: tuple[str, ...] | None
+
+    @classmethod
+    def of(cls, schema: Any, label_column: str | None, path: Path) -> _ParquetLayout:
+        metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = metadata.get("info", {}).get("features", {})
+        images = [key for key, value in features.items() if value.get("_type") == "Image"]
+        if not images:
+            images = [key for key in ("image", "img") if key in schema.names]
+        if not images:
+            raise InputError(
+                f"expected an image column in {path}, got columns {', '.join(schema.names)}"
+            )
+        labels = [key for key, value in features.items() if value.get("_type") == "ClassLabel"]
+        label = label_column or (labels[0] if labels else "label")
+        if label not in schema.names:
+            known = labels or schema.names
+            raise InputError(
+                f"expected --label-column to be one of {', '.join(known)} in {path}, "
+                f"got {label!r}{suggest(label, known)}"
+            )
+        names = features.get(label, {}).get("names")
+        return cls(images[0], label, tuple(names) if names else None)
+
+    def records(
+        self, table: Any, path: Path, classes: tuple[str, ...] | None
+    ) -> tuple[tuple[str, ...], Records]:
+        column = table[self.label].to_pylist()
+        names = self.names or classes or tuple(str(value) for value in sorted(set(column)))
+        if self.names is None:  # values are the names themselves
+            position = {entry: index for index, entry in enumerate(names)}
+            column = [position.get(str(value), -1) for value in column]
+        labels = torch.tensor([-1 if value is None else int(value) for value in column])
+        wrong = ((labels < 0) | (labels >= len(names))).nonzero().flatten()
+        if len(wrong):
+            row = int(wrong[0])
+            raise InputError(
+                f"expected labels from 0 to {len(names) - 1} in column {self.label!r} of {path}, "
+                f"got {table[self.label][row].as_py()!r} in row {row}; correct the file"
+            )
+        return names, Records(labels, _ParquetImages(table[self.image]), _RowOf(str(path)))
+
+
+@dataclass(frozen=True)
+class _ParquetImages:
+    """Decodes rows of an image column: ``{bytes, path}`` structs or plain bytes."""
+
+    column: Any
+
+    def __call__(self, row: int) -> Image.Image:
+        value = self.column[row].as_py()
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if not data:
+            raise OSError("no image bytes")
+        return Image.open(io.BytesIO(data))
+
+
+@dataclass(frozen=True)
+class _RowOf:
+    path: str
+
+    def __call__(self, row: int) -> str:
+        return f"row {row} of {self.path}"
+
+
+def _read_folder(path: Path) -> Source:
+    split = {entry.name.lower(): entry for entry in path.iterdir() if entry.is_dir()}
+    test_folder = next((split[name] for name in TEST_NAMES if name in split), None)
+    if "train" in split:
+        classes, train = _class_folders(split["train"], None)
+        test = None if test_folder is None else _class_folders(test_folder, classes)[1]
+    else:
+        classes, train = _class_folders(path, None)
+        test = None
+    return Source(path.name, classes, train, test, ordered=True)
+
+
+def _class_folders(path: Path, classes: tuple[str, ...] | None) -> tuple[tuple[str, ...], Records]:
+    """Images of a folder whose sub-folders are the classes."""
+    found: dict[str, list[Path]] = {}
+    for folder in sorted(entry for entry in path.iterdir() if entry.is_dir()):
+        found[folder.name] = sorted(
+            file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES
+        )
+    found = {name: files for name, files in found.items() if files}
+    if not found:
+        loose = sum(file.suffix.lower() in IMAGE_SUFFIXES for file in path.iterdir())
+        came = f"{loose} images without a class folder" if loose else "no images"
+        raise InputError(
+            f"expected one folder of images a class in {path}, found {came}; "
+            "put the images of each class into a folder of its name"
+        )
+    names = classes or tuple(found)
+    unknown = sorted(set(found) - set(names))
+    if unknown:
+        raise InputError(
+            f"expected the class folders of the training images in {path}, "
+            f"got another one: {unknown[0]!r}"
+        )
+    files = [file for name in names for file in found.get(name, [])]
+    labels = [index for index, name in enumerate(names) for _ in found.get(name, [])]
+    return names, Records(torch.tensor(labels), _OpenFile(files), _PathOf(files))
+
+
+@dataclass(frozen=True)
+class _OpenFile:
+    files: list[Path]
+
+    def __call__(self, row: int) -> Image.Image:
+        return Image.open(self.files[row])
+
+
+@dataclass(frozen=True)
+class _PathOf:
+    files: list[Path]
+
+    def __call__(self, row: int) -> str:
+        return str(self.files[row])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
