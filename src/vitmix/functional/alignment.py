@@ -110,8 +110,8 @@ def _attend(
 ) -> Tensor:
     """Attention with all three padded to one width, as fused kernels want it."""
     width = width or -(-max(value.shape[-1], query.shape[-1]) // _WIDTH_STEP) * _WIDTH_STEP
-    padded = [F.pad(t, (0, width - t.shape[-1])) for t in (query, key, value)]
-    return F.scaled_dot_product_attention(*padded, **options)
+    query, key, value = (F.pad(t, (0, width - t.shape[-1])) for t in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, **options)
 
 
 def pooled_shares(shares: Tensor, weights: Tensor) -> Tensor:

@@ -30,6 +30,12 @@ class Mixture(NamedTuple):
         mean = shares.mean(1, keepdim=True).expand(-1, num_prefix_tokens, -1)
         return cls(sources, torch.cat((mean, shares), 1))
 
+    @classmethod
+    def unmixed(cls, batch: int, tokens: int, device: torch.device) -> Mixture:
+        """Every token of every sample is its own."""
+        sources = torch.arange(batch, device=device)[:, None]
+        return cls(sources, torch.ones(batch, tokens, 1, device=device))
+
     def replaced(self, partner: Tensor, replace: Tensor) -> Mixture:
         """Follow whole tokens that are taken from a partner.
 

@@ -1,0 +1,157 @@
+"""The tap: sees the attention of any model while its fused kernels stay on.
+
+A ``TorchFunctionMode`` sees every call of ``scaled_dot_product_attention`` inside a model that
+knows nothing of it, and every ``softmax`` of models that write attention by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from vitmix.errors import UnsupportedModelError
+from vitmix.functional.saliency import query_key_attention
+
+__all__ = ["AttentionCall", "AttentionTap", "read_attention", "read_query_key"]
+
+_SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax, torch.special.softmax)
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """The arguments of one ``scaled_dot_product_attention``."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    def run(self) -> Tensor:
+        """Compute what the model asked for."""
+        options: dict[str, Any] = {"enable_gqa": True} if self.enable_gqa else {}
+        return F.scaled_dot_product_attention(
+            self.query,
+            self.key,
+            self.value,
+            attn_mask=self.attn_mask,
+            dropout_p=self.dropout_p,
+            is_causal=self.is_causal,
+            scale=self.scale,
+            **options,
+        )
+
+
+class AttentionTap(TorchFunctionMode):
+    """Hand every attention inside the context to its owner.
+
+    Args:
+        on_fused: takes a fused call and returns its result.
+        on_softmax: takes an attention map ``(B, H, N, M)`` after softmax.
+    """
+
+    def __init__(
+        self,
+        on_fused: Callable[[AttentionCall], Tensor],
+        on_softmax: Callable[[Tensor], None],
+    ) -> None:
+        super().__init__()
+        self._on_fused = on_fused
+        self._on_softmax = on_softmax
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self._on_fused(AttentionCall(*args, **kwargs))
+        result = func(*args, **kwargs)
+        if func in _SOFTMAX and result.ndim == 4:
+            self._on_softmax(result)
+        return result
+
+
+class _Stop(Exception):  # noqa: N818 - control flow, not an error
+    """Ends a forward pass that has shown what was wanted."""
+
+    def __init__(self, found: AttentionCall | Tensor) -> None:
+        super().__init__()
+        self.found = found
+
+
+def read_query_key(block: nn.Module, tokens: Tensor) -> AttentionCall | Tensor:
+    """Run a block up to its attention and no further.
+
+    Args:
+        block: transformer block; its hooks are not called.
+        tokens: ``(B, T, D)``.
+
+    Returns:
+        The fused call, or the attention map ``(B, H, T, T)`` of a hand-written attention.
+
+    Raises:
+        UnsupportedModelError: the block ran to its end without attention.
+    """
+
+    def stop(found: AttentionCall | Tensor) -> Tensor:
+        raise _Stop(found)
+
+    def stop_at_map(found: Tensor) -> None:
+        raise _Stop(found)
+
+    try:
+        with AttentionTap(stop, stop_at_map):
+            block.forward(tokens)
+    except _Stop as stopped:
+        return stopped.found
+    raise UnsupportedModelError(
+        "looked for scaled_dot_product_attention or a softmax over (B, H, N, N) in "
+        f"{type(block).__name__}, found neither"
+    )
+
+
+def read_attention(block: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Run a block and read its attention map.
+
+    Args:
+        block: transformer block; its hooks are not called.
+        tokens: ``(B, T, D)``.
+
+    Returns:
+        Output tokens ``(B, T, D)`` and the head mean of attention ``(B, 1, T, T)``.
+
+    Raises:
+        UnsupportedModelError: not exactly one attention was seen.
+    """
+    maps: list[Tensor] = []
+
+    def fused(call: AttentionCall) -> Tensor:
+        attention = query_key_attention(
+            call.query, call.key, scale=call.scale, attn_mask=call.attn_mask
+        )
+        maps.append(attention.mean(1, keepdim=True))
+        return call.run()
+
+    def softmax(attention: Tensor) -> None:
+        maps.append(attention.float().mean(1, keepdim=True))
+
+    with AttentionTap(fused, softmax):
+        output: Tensor = block.forward(tokens)
+    if len(maps) != 1:
+        raise UnsupportedModelError(
+            f"looked for one attention in {type(block).__name__}, found {len(maps)}"
+        )
+    return output, maps[0]

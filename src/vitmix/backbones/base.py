@@ -1,0 +1,116 @@
+"""The description of a model that mixing works on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor, nn
+
+from vitmix.errors import InputError
+from vitmix.functional.alignment import pooled_shares
+
+__all__ = ["Backbone", "Block", "Family", "Pooling"]
+
+Pooling = Literal["class_token", "distilled", "average", "average_all", "sequence", "attention"]
+
+
+class Family(Protocol):
+    """A module that knows one family of models."""
+
+    @property
+    def LOOKS_FOR(self) -> str:
+        """What the family is recognised by."""
+
+    def describe(self, model: nn.Module) -> Backbone | None:
+        """Describe a model of the family; None for any other."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block.
+
+    Attributes:
+        module: the block; its first argument and its result are tokens ``(B, T, D)``.
+        entry: the module inside whose input becomes queries, keys and values (the norm before the
+            attention, or the attention itself). Works token by token up to the attention.
+        attention: the attention module, whose result is one token for each of its input.
+    """
+
+    module: nn.Module
+    entry: nn.Module
+    attention: nn.Module
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What was found in a model.
+
+    Attributes:
+        family: name of the family, e.g. ``"timm VisionTransformer"``.
+        blocks: transformer blocks in order.
+        embed_dim: width D of a token.
+        num_prefix_tokens: tokens in front that stand for no image region.
+        class_token: whether the first prefix token is a class token.
+        pooling: how the last tokens become the input of the classifier: the ``"class_token"``; the
+            mean of class and ``"distilled"`` tokens; the ``"average"`` of image tokens or of all
+            (``"average_all"``); ``"sequence"``: softmax weights from ``pool_scores`` (CCT);
+            ``"attention"``: a learned query that attends to the tokens.
+        grid: token grid ``(h, w)`` of an input of ``(height, width)`` pixels.
+        pool_scores: for ``"sequence"``: module that gives one score ``(B, N, 1)`` a token.
+        pool_prefix: for ``"attention"``: whether the query sees prefix tokens too.
+        recomputes: whether activations are recomputed in the backward pass just now.
+        alignment_reason: why shares cannot be followed to the output, or None if they can.
+    """
+
+    family: str
+    blocks: tuple[Block, ...]
+    embed_dim: int
+    num_prefix_tokens: int
+    class_token: bool
+    pooling: Pooling
+    grid: Callable[[tuple[int, int]], tuple[int, int]]
+    pool_scores: nn.Module | None = None
+    pool_prefix: bool = True
+    recomputes: Callable[[], bool] = bool
+    alignment_reason: str | None = None
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    def require_block(self, what: str, index: int) -> None:
+        """Check that a block exists; negative numbers count from the end.
+
+        Raises:
+            InputError: no such block.
+        """
+        if not -self.depth <= index < self.depth:
+            raise InputError(
+                f"expected {what} from 0 to {self.depth - 1} for this {self.family} "
+                f"of {self.depth} blocks, got {index}"
+            )
+
+    def pool_shares(self, shares: Tensor, scores: Tensor | None = None) -> Tensor:
+        """Shares of the representation that the classifier sees.
+
+        Args:
+            shares: ``(B, T, K)`` of the tokens after the last block.
+            scores: ``(B, T, 1)`` of ``pool_scores``, for sequence pooling.
+
+        Returns:
+            ``(B, K)``.
+        """
+        if self.pooling == "class_token":
+            return shares[:, 0]
+        if self.pooling == "distilled":
+            return shares[:, :2].mean(1)
+        if self.pooling == "average":
+            return shares[:, self.num_prefix_tokens :].mean(1)
+        if self.pooling == "average_all":
+            return shares.mean(1)
+        if scores is None:
+            raise InputError(f"expected pooling scores for {self.pooling} pooling, got none")
+        return pooled_shares(shares, scores.detach().float().squeeze(-1).softmax(1))

@@ -1,0 +1,211 @@
+"""The command line: ``vitmix train | evaluate | compare | demo``.
+
+Only the standard library is imported here; each command imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vitmix.errors import InputError, UnsupportedModelError, VitmixError
+
+if TYPE_CHECKING:
+    from vitmix.options import Parser
+
+__all__ = ["main"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command: what it does, an example, its options and its work."""
+
+    summary: str
+    example: str
+    configure: Callable[[Parser], None]
+    run: Callable[[Any], None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: arguments; by default those of the process.
+
+    Returns:
+        0, or 2 for bad input, 1 for anything else that went wrong, 130 after Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        return _dispatch(arguments)
+    except SystemExit as done:  # --help and --version
+        return done.code if isinstance(done.code, int) else 0 if done.code is None else 2
+    except BrokenPipeError:  # the reader of our output has gone, as in `vitmix ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt as stop:
+        return _fail(f"interrupted; {stop or 'nothing was trained yet'}", 130, debug)
+    except (InputError, UnsupportedModelError) as error:
+        return _fail(f"error: {error}", 2, debug)
+    except VitmixError as error:
+        return _fail(f"error: {error}", 1, debug)
+    except Exception as error:  # a user sees one line, a developer asks for more
+        text = f"error: {type(error).__name__}: {error}; --debug shows where"
+        return _fail(text, 1, debug)
+
+
+def _fail(message: str, status: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print("vitmix:", " ".join(message.split()), file=sys.stderr)
+    return status
+
+
+def _dispatch(arguments: list[str]) -> int:
+    from vitmix.train.config import suggest
+
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if name in ("-V", "--version"):
+        from vitmix._version import __version__
+
+        print(f"vitmix {__version__}")
+        return 0
+    if name not in COMMANDS:
+        raise InputError(
+            f"expected a command ({', '.join(COMMANDS)}), got {name!r}"
+            f"{suggest(name, COMMANDS)}; vitmix --help lists them"
+        )
+    from vitmix.options import Parser
+
+    command = COMMANDS[name]
+    parser = Parser(f"vitmix {name}", command.summary, command.example)
+    command.configure(parser)
+    command.run(parser.parse(arguments[1:]))
+    return 0
+
+
+def _overview() -> str:
+    lines = [
+        "usage: vitmix COMMAND [options]",
+        "",
+        "Train vision transformers with TokenMixup, TokenMix, TL-Align and their combinations.",
+        "",
+        "commands:",
+        *(f"  {name:10} {command.summary}" for name, command in COMMANDS.items()),
+        "",
+        "vitmix COMMAND --help shows a command's options and an example.",
+        "--debug shows the traceback of an error, --version the version.",
+    ]
+    return "\n".join(lines)
+
+
+def _configure_train(parser: Parser) -> None:
+    from vitmix.train.config import TrainConfig
+
+    parser.add_config(TrainConfig)
+
+
+def _train(options: Any) -> None:
+    from vitmix.train.config import TrainConfig
+    from vitmix.train.run import train_run
+
+    run = train_run(TrainConfig.from_dict(options))
+    results = run.results
+    from vitmix.plots.run_figures import save_run_figures
+
+    save_run_figures(run)
+    print(
+        f"top-1 {results['top1']:.2f}%  top-5 {results['top5']:.2f}%  "
+        f"loss {results['loss']:.4f}  ({results['seconds']:.0f} s)\n"
+        f"results {run.folder / 'results.json'}"
+    )
+
+
+def _configure_evaluate(parser: Parser) -> None:
+    parser.add("run", str, None, "run folder (its last.ckpt) or a checkpoint file")
+    parser.add("--data", str | None, None, "data set to test on (default: that of the training)")
+    parser.add("--model", str | None, None, "refuse a checkpoint that is not of this model")
+    parser.add("--batch-size", int | None, None, "images at a time")
+    parser.add("--precision", str | None, None, "fp32, bf16 or fp16 (default: as trained)")
+    parser.add("--device", str, "auto", "where to run: auto, cpu, cuda or mps")
+    parser.add("--json", bool, False, "print JSON instead of a line")
+
+
+def _evaluate(options: Any) -> None:
+    from vitmix.evaluate.checkpoint import evaluate_checkpoint
+
+    print(evaluate_checkpoint(**options))
+
+
+def _configure_compare(parser: Parser) -> None:
+    from vitmix.train.config import TrainConfig
+
+    parser.add(
+        "--methods", str, "none,cutmix,tokenmix,tl-align,tokenmixup", "methods, between commas"
+    )
+    parser.add("--seeds", str, "1", "number of seeds from --seed on, or seeds between commas")
+    parser.add_config(TrainConfig, leave_out=("method",))
+
+
+def _compare(options: Any) -> None:
+    from vitmix.evaluate.compare import compare, parse_seeds
+    from vitmix.train.config import TrainConfig
+
+    methods = [name.strip() for name in options.pop("methods").split(",") if name.strip()]
+    config = TrainConfig.from_dict(options)
+    seeds = parse_seeds(options.pop("seeds"), config.seed)
+    comparison = compare(config, methods, seeds)
+    print(f"report  {comparison.report}")
+
+
+def _configure_demo(parser: Parser) -> None:
+    parser.add("--out", str, "demo", "folder to write to; an earlier demo there is replaced")
+    parser.add("--epochs", int | None, None, "passes over the data (default: the demo's own)")
+
+
+def _demo(options: Any) -> None:
+    from vitmix.evaluate.demo import demo
+
+    report = demo(options["out"], epochs=options["epochs"])
+    print(f"the report is {report.resolve()}")
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(
+        "train a model with one method",
+        "vitmix train --data digits --model cct_2_3x2_32 --method tokenmixup --epochs 20",
+        _configure_train,
+        _train,
+    ),
+    "evaluate": Command(
+        "measure a trained model",
+        "vitmix evaluate runs/digits-cct_2_3x2_32-tokenmixup-seed0",
+        _configure_evaluate,
+        _evaluate,
+    ),
+    "compare": Command(
+        "train several methods over several seeds and tabulate them",
+        "vitmix compare --data digits --methods none,cutmix,tl-align --seeds 3 --epochs 10",
+        _configure_compare,
+        _compare,
+    ),
+    "demo": Command(
+        "compare five methods on handwritten digits and write one HTML page",
+        "vitmix demo",
+        _configure_demo,
+        _demo,
+    ),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

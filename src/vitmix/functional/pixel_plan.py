@@ -1,0 +1,115 @@
+"""What a pixel mix does to a batch: pairs, and a raster of shares over the image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vitmix.errors import InputError
+from vitmix.functional.mixture import Mixture
+
+__all__ = ["PixelPlan", "Size"]
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class PixelPlan:
+    """How a batch of images is mixed.
+
+    Attributes:
+        partner: ``(B,)`` int64, the other image of each sample; may be the sample itself.
+        own: ``(B or 1, h', w')`` float32, share of the own image in every cell of a raster laid
+            over the image: one cell, the token grid, or the pixels.
+        binary: whether every entry of ``own`` is 0 or 1, so that images are cut, not blended.
+    """
+
+    partner: Tensor
+    own: Tensor
+    binary: bool
+
+    @property
+    def lam(self) -> Tensor:
+        """``(B,)`` share of the own image."""
+        return self.own.mean((1, 2)).expand(len(self.partner))
+
+    @property
+    def mask(self) -> Tensor | None:
+        """``(B or 1, h', w')`` bool, True = from the partner; None if images are blended."""
+        return self.own < 0.5 if self.binary else None
+
+    def to(self, device: torch.device | str) -> PixelPlan:
+        """Copy to a device without waiting for it."""
+        return replace(
+            self,
+            partner=self.partner.to(device, non_blocking=True),
+            own=self.own.to(device, non_blocking=True),
+        )
+
+    def apply(self, images: Tensor) -> Tensor:
+        """Mix images; the given ones stay as they are.
+
+        Args:
+            images: ``(B, C, H, W)``, floating point.
+
+        Returns:
+            A new tensor of the same shape, dtype and memory format.
+
+        Raises:
+            InputError: another batch size, another number of axes, or an integer dtype.
+        """
+        if images.ndim != 4 or len(images) != len(self.partner):
+            raise InputError(
+                f"expected images ({len(self.partner)}, C, H, W), got {tuple(images.shape)}"
+            )
+        if not images.is_floating_point():
+            raise InputError(
+                f"expected floating-point images, got {images.dtype}; convert and normalise first"
+            )
+        plan = self.to(images.device)
+        height, width = images.shape[2:]
+        rows = _cells(height, self.own.shape[1], images.device)
+        columns = _cells(width, self.own.shape[2], images.device)
+        own = plan.own[:, rows][:, :, columns].unsqueeze(1)
+        other = images[plan.partner]
+        if self.binary:
+            return torch.where(own > 0.5, images, other)
+        return torch.lerp(other, images, own.to(images.dtype))
+
+    def mixture(self, grid: Size, *, num_prefix_tokens: int = 0) -> Mixture:
+        """Shares of own and partner in every token.
+
+        Args:
+            grid: rows and columns of tokens that the image is cut into.
+            num_prefix_tokens: tokens in front; their share is that of the whole image.
+
+        Returns:
+            A mixture of two sources, ``shares`` of shape ``(B, num_prefix_tokens + h * w, 2)``.
+        """
+        batch = len(self.partner)
+        own = self.cells(grid).flatten(1).expand(batch, -1)
+        index = torch.arange(batch, device=self.partner.device)
+        sources = torch.stack((index, self.partner), 1)
+        return Mixture.of_tokens(sources, torch.stack((own, 1 - own), -1), num_prefix_tokens)
+
+    def cells(self, grid: Size) -> Tensor:
+        """``(B or 1, h, w)``: share of the own image in each cell of another raster, by area."""
+        rows = _overlap(self.own.shape[1], grid[0]).to(self.own)
+        columns = _overlap(self.own.shape[2], grid[1]).to(self.own)
+        return rows @ self.own @ columns.T
+
+
+def _cells(pixels: int, cells: int, device: torch.device) -> Tensor:
+    """Which cell each pixel of one axis lies in."""
+    return torch.arange(pixels, device=device) * cells // pixels
+
+
+def _overlap(old: int, new: int) -> Tensor:
+    """``(new, old)``: part of each new cell of one axis in each old cell; rows sum to 1."""
+    edges_old = torch.arange(old + 1, dtype=torch.float64) / old
+    edges_new = torch.arange(new + 1, dtype=torch.float64) / new
+    upper = torch.minimum(edges_new[1:, None], edges_old[None, 1:])
+    lower = torch.maximum(edges_new[:-1, None], edges_old[None, :-1])
+    return ((upper - lower).clamp_min(0) * new).float()

@@ -1,0 +1,193 @@
+"""Third stage, labels: how much of each source does the target get?"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitmix.errors import InputError
+from vitmix.functional.mixture import Mixture
+from vitmix.functional.pixel_plan import PixelPlan
+from vitmix.functional.targets import activation_weight
+from vitmix.teacher import ActivationMaps
+
+__all__ = [
+    "AreaLabels",
+    "AttentionLabels",
+    "LabelEvidence",
+    "LabelRule",
+    "TeacherLabels",
+    "TokenAlignedLabels",
+]
+
+
+@dataclass(frozen=True)
+class LabelEvidence:
+    """What a label rule may look at.
+
+    Attributes:
+        mixture: sources and shares; at the input of the model, or after its last block for rules
+            that follow shares.
+        num_prefix_tokens: tokens in front that stand for no image region.
+        grid: rows and columns of the other tokens.
+        images: ``(B, C, H, W)`` before mixing.
+        classes: ``(B,)`` class of each image before mixing.
+        pixels: the plan of the pixel stage, or None.
+        attention: ``(B, N)`` saliency of the block that the rule asked for, or None.
+        pooled_shares: ``(B, K)`` shares of what the classifier sees, or None.
+    """
+
+    mixture: Mixture
+    num_prefix_tokens: int
+    grid: tuple[int, int]
+    images: Tensor
+    classes: Tensor
+    pixels: PixelPlan | None
+    attention: Tensor | None = None
+    pooled_shares: Tensor | None = None
+
+
+class LabelRule(ABC):
+    """Turns shares into weights of the sources' labels.
+
+    Attributes:
+        follows_shares: whether shares are to be carried through every attention layer. The weights
+            then cover what token stages did, too.
+        attention_block: block whose saliency the rule needs, negative from the end, or None.
+    """
+
+    follows_shares: bool = False
+    attention_block: int | None = None
+
+    @abstractmethod
+    def weights(self, evidence: LabelEvidence) -> Tensor:
+        """Weights ``(B, K)`` of ``evidence.mixture.sources``."""
+
+    @property
+    def known_before_forward(self) -> bool:
+        """Whether the rule needs nothing from the forward pass."""
+        return not self.follows_shares and self.attention_block is None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+class AreaLabels(LabelRule):
+    """Weights are the shares of the image area (Mixup, CutMix)."""
+
+    def weights(self, evidence: LabelEvidence) -> Tensor:
+        """Mean share over the image's tokens."""
+        return evidence.mixture.shares[:, evidence.num_prefix_tokens :].mean(1)
+
+
+class AttentionLabels(LabelRule):
+    """Weights follow attention: ``lam = sum_t A_t M_t`` (TransMix, Chen et al., CVPR 2022).
+
+    ``A`` is the saliency of a block as in TokenMixup's Eq. 3 (the class token's row, or the mean
+    over queries), normalised to sum 1, and ``M`` the shares of the input tokens.
+
+    Args:
+        block: block whose attention is read; the last one by default.
+        area: part of the weights that stays with the area. 0 follows the paper's formula; 0.5
+            takes the mean of both.
+
+    Raises:
+        InputError: ``area`` outside [0, 1].
+    """
+
+    def __init__(self, block: int = -1, area: float = 0.0) -> None:
+        if not 0 <= area <= 1:
+            raise InputError(f"expected `area` in [0, 1], got {area}")
+        self.attention_block = block
+        self.area = area
+
+    def weights(self, evidence: LabelEvidence) -> Tensor:
+        """Mean share over the image's tokens, weighted by attention."""
+        if evidence.attention is None:
+            raise InputError("expected the saliency of a block as evidence, got none")
+        shares = evidence.mixture.shares[:, evidence.num_prefix_tokens :]
+        attention = evidence.attention / evidence.attention.sum(1, keepdim=True)
+        attended = torch.einsum("bn,bnk->bk", attention, shares)
+        return (1 - self.area) * attended + self.area * shares.mean(1)
+
+
+class TokenAlignedLabels(LabelRule):
+    """Weights are the shares of the representation that is classified (TL-Align, ICCV 2023).
+
+    Shares are carried token by token through every attention layer,
+    :func:`vitmix.functional.align_shares`, and pooled as the model pools tokens.
+    """
+
+    follows_shares = True
+
+    def weights(self, evidence: LabelEvidence) -> Tensor:
+        """Shares after the last block, pooled."""
+        if evidence.pooled_shares is None:
+            raise InputError("expected pooled shares as evidence, got none")
+        return evidence.pooled_shares
+
+
+class TeacherLabels(LabelRule):
+    """Weights are the teacher's activation that is still visible (TokenMix, ECCV 2022, Sec. 3).
+
+    The teacher sees the augmented images before mixing, without gradient and in evaluation mode. It
+    is not part of the model: it is neither trained nor saved with it, and copies share it.
+
+    Args:
+        teacher: a classifier of the same classes (see :class:`vitmix.teacher.ActivationMaps`), or a
+            function of images ``(B, C, H, W)`` and classes ``(B,)`` that gives maps ``(B, h, w)``
+            of at least 0.
+        normalise: divide the two weights by their sum. False gives the released code's targets,
+            whose rows sum to anything from about 0.5 to 1.5.
+
+    Raises:
+        InputError: not a module or a function.
+    """
+
+    def __init__(
+        self, teacher: nn.Module | Callable[[Tensor, Tensor], Tensor], normalise: bool = True
+    ) -> None:
+        if not callable(teacher):
+            raise InputError(
+                f"expected a classifier or a function as teacher, got {type(teacher).__name__}"
+            )
+        self.maps = ActivationMaps(teacher) if isinstance(teacher, nn.Module) else teacher
+        self.normalise = normalise
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TeacherLabels:
+        return copy.copy(self)
+
+    def __repr__(self) -> str:
+        return f"TeacherLabels({self.maps!r}, normalise={self.normalise})"
+
+    def weights(self, evidence: LabelEvidence) -> Tensor:
+        """Visible activation of own and partner."""
+        area = evidence.mixture.shares[:, evidence.num_prefix_tokens :].mean(1)
+        if evidence.pixels is None:
+            return area
+        plan = evidence.pixels
+        with torch.no_grad():
+            maps = self.maps(evidence.images, evidence.classes).float()
+            maps = _resample(maps, evidence.grid)
+            mask = 1 - plan.cells(evidence.grid).expand(len(maps), -1, -1)
+            own, partner = activation_weight(maps, maps[plan.partner], mask)
+        weights = torch.stack((own, partner), 1)
+        if not self.normalise:
+            return weights
+        total = weights.sum(1, keepdim=True)
+        return torch.where(total > 0, weights / total, area)
+
+
+def _resample(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Maps ``(B, h, w)`` on another grid; averaged over areas when that is coarser."""
+    if tuple(maps.shape[1:]) == grid:
+        return maps
+    options: dict[str, Any] = {"size": grid, "mode": "bilinear", "antialias": True}
+    return F.interpolate(maps[:, None], **options)[:, 0].clamp_min(0)

@@ -1,0 +1,336 @@
+"""``MixingModel``: the one line that a user changes. Only this module knows all three stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitmix.backbones import describe
+from vitmix.errors import InputError, UnsupportedModelError
+from vitmix.flow import Flow, gradient_saliency
+from vitmix.functional.horizontal import HorizontalPlan
+from vitmix.functional.mixture import Mixture
+from vitmix.functional.pixel_plan import PixelPlan
+from vitmix.functional.targets import smooth_targets, soft_cross_entropy
+from vitmix.labels import AreaLabels, LabelEvidence, LabelRule
+from vitmix.pixels import PixelMix
+from vitmix.tokens import (
+    BlendPlan,
+    HorizontalTokenMixup,
+    TokenMixer,
+    TokenStage,
+    VerticalTokenMixup,
+)
+
+__all__ = ["MixOutput", "MixTrace", "MixingModel"]
+
+
+@dataclass(frozen=True)
+class MixTrace:
+    """What was mixed in a step, for pictures and analysis.
+
+    Attributes:
+        images: ``(B, C, H, W)`` as fed to the model.
+        pixels: plan of the pixel stage, or None.
+        sources: ``(B, K)`` int64, samples of the batch in each target; None in evaluation.
+        weights: ``(B, K)`` weight of each source's label by the label rule, or None. For rules that
+            don't follow shares, token stages mix the targets afterwards.
+        horizontal: plan of each horizontal stage, by block.
+        blended: plan of each manifold stage, by block.
+    """
+
+    images: Tensor
+    pixels: PixelPlan | None = None
+    sources: Tensor | None = None
+    weights: Tensor | None = None
+    horizontal: dict[int, HorizontalPlan] = field(default_factory=dict)
+    blended: dict[int, BlendPlan] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MixOutput:
+    """Result of a step.
+
+    Attributes:
+        logits: what the model returned, ``(B, C)``; a pair for a distilled model in distilled
+            training.
+        targets: ``(B, C)`` float32, rows sum to 1.
+        aux_loss: scalar, ScoreNet's weighted loss; 0 without horizontal mixing.
+        stats: scalars without gradient, for logging.
+        trace: what was mixed.
+    """
+
+    logits: Any
+    targets: Tensor
+    aux_loss: Tensor
+    stats: dict[str, Tensor]
+    trace: MixTrace
+
+    def loss(self) -> Tensor:
+        """Soft-target cross-entropy plus ``aux_loss``; the mean over a distilled model's heads."""
+        heads = self.logits if isinstance(self.logits, tuple) else (self.logits,)
+        losses = [soft_cross_entropy(logits, self.targets) for logits in heads]
+        return torch.stack(losses).mean() + self.aux_loss
+
+
+class MixingModel(nn.Module):
+    """Train an unmodified vision transformer with mixed images, tokens and labels.
+
+    The three stages combine freely. ``mixing(images, targets)`` in training mode mixes and returns
+    a :class:`MixOutput`; in evaluation mode it mixes nothing, and ``mixing(images)`` is exactly
+    ``model(images)``. The model keeps its class and its parameter names; between calls it carries
+    no hook. Parameters of the stages (ScoreNet) belong to this module.
+
+    Args:
+        model: a model that :func:`vitmix.describe` supports.
+        mix: pixel stage, or None.
+        labels: label stage; :class:`vitmix.AreaLabels` by default.
+        tokens: token stages, each with its block.
+        num_classes: classes of the targets; the model must give as many logits.
+        label_smoothing: smoothing of the sources' labels, in [0, 1).
+        generator: CPU generator of all draws; the global one by default.
+
+    Raises:
+        UnsupportedModelError: a model or a stage that cannot be followed; nothing was changed.
+        InputError: an argument out of range, such as a block beyond the model's depth.
+
+    Example:
+        >>> import vitmix
+        >>> from vitmix.models import create_model
+        >>> model = create_model("cct_2_3x2_32", num_classes=10, img_size=32)
+        >>> mixing = vitmix.MixingModel(
+        ...     model,
+        ...     mix=vitmix.CutMix(),
+        ...     labels=vitmix.TokenAlignedLabels(),
+        ...     tokens=[vitmix.HorizontalTokenMixup(block=1)],
+        ...     num_classes=10,
+        ... )
+        >>> out = mixing(torch.rand(4, 3, 32, 32), torch.tensor([1, 2, 3, 4]))
+        >>> out.loss().backward()
+        >>> out.targets.shape
+        torch.Size([4, 10])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mix: PixelMix | None = None,
+        labels: LabelRule | None = None,
+        tokens: Sequence[TokenStage] = (),
+        *,
+        num_classes: int,
+        label_smoothing: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        labels = AreaLabels() if labels is None else labels
+        _require_kind("mix", mix, (PixelMix, type(None)))
+        _require_kind("labels", labels, (LabelRule,))
+        if num_classes < 2:
+            raise InputError(f"expected `num_classes` of at least 2, got {num_classes}")
+        if not 0.0 <= label_smoothing < 1.0:
+            raise InputError(f"expected `label_smoothing` in [0, 1), got {label_smoothing}")
+        backbone = describe(model)
+        for stage in tokens:
+            _require_kind("tokens", stage, (TokenStage,))
+            for block in stage.blocks:
+                backbone.require_block(f"`block` of {type(stage).__name__}", block)
+            if isinstance(stage, HorizontalTokenMixup):
+                _require_unattached(stage)
+                if stage.saliency == "rollout":
+                    backbone.require_block("the last block of a rollout", stage.last_block)
+        if labels.attention_block is not None:
+            backbone.require_block(f"`block` of {type(labels).__name__}", labels.attention_block)
+        if labels.follows_shares and backbone.alignment_reason:
+            raise UnsupportedModelError(
+                f"looked for a pooling that {type(labels).__name__} can follow, found "
+                f"{backbone.alignment_reason}. The model was not changed."
+            )
+        like = next(model.parameters())
+        for stage in tokens:
+            stage.attach(
+                backbone.embed_dim, num_classes, backbone.num_prefix_tokens, backbone.class_token
+            )
+            stage.to(device=like.device, dtype=like.dtype)
+        self.model = model
+        self.mix = mix
+        self.labels = labels
+        self.tokens = nn.ModuleList(tokens)
+        self.num_classes = num_classes
+        self.label_smoothing = label_smoothing
+        self.generator = generator
+        self.backbone = backbone
+
+    def detach(self) -> nn.Module:
+        """Return the model. It carries nothing of vitmix: there is nothing to remove."""
+        return self.model
+
+    def forward(self, images: Tensor, targets: Tensor | None = None) -> Any:
+        """Mix and run the model.
+
+        Args:
+            images: ``(B, C, H, W)`` as the model takes them.
+            targets: ``(B,)`` class indices or ``(B, C)`` soft labels; only evaluation goes without.
+
+        Returns:
+            A :class:`MixOutput`; in evaluation mode without targets, what the model returns.
+
+        Raises:
+            InputError: images, targets and model don't fit.
+            UnsupportedModelError: the model did not do what its description says.
+        """
+        if not self.training:
+            logits = self.model(images)
+            if targets is None:
+                return logits
+            soft = smooth_targets(targets, self.num_classes)
+            return MixOutput(logits, soft, soft.new_zeros(()), {}, MixTrace(images))
+        if targets is None:
+            raise InputError(
+                "expected targets in training mode, got none; call .eval() to predict without"
+            )
+        if images.ndim != 4 or len(images) != len(targets):
+            raise InputError(
+                "expected images (B, C, H, W) and as many targets, "
+                f"got {tuple(images.shape)} and {tuple(targets.shape)}"
+            )
+        soft = smooth_targets(targets, self.num_classes, self.label_smoothing)
+        classes = targets if targets.ndim == 1 else targets.argmax(1)
+        return self._train_step(images, soft, classes)
+
+    def _train_step(self, images: Tensor, soft: Tensor, classes: Tensor) -> MixOutput:
+        prefix = self.backbone.num_prefix_tokens
+        size = (int(images.shape[2]), int(images.shape[3]))
+        grid = self.backbone.grid(size)
+        plan, fed = None, images
+        if self.mix is not None:
+            plan = self.mix.plan(len(images), size, grid=grid, generator=self.generator)
+            plan = plan.to(images.device)
+            fed = plan.apply(images)
+            mixture = plan.mixture(grid, num_prefix_tokens=prefix)
+        else:
+            mixture = Mixture.unmixed(len(images), prefix + grid[0] * grid[1], images.device)
+        evidence = LabelEvidence(mixture, prefix, grid, images, classes, plan)
+        # Token stages need labels before the pass is over: by the area, where the rule's own
+        # weights are only known afterwards.
+        first_rule = self.labels if self.labels.known_before_forward else AreaLabels()
+        weights = first_rule.weights(evidence)
+        flow = self._flow(fed, mixture, mixture.targets(weights, soft), grid)
+        with flow.armed():
+            logits = self.model(fed)
+        self._require_logits(logits)
+        if not self.labels.known_before_forward:
+            evidence = LabelEvidence(
+                flow.mixture if self.labels.follows_shares else mixture,
+                prefix,
+                grid,
+                images,
+                classes,
+                plan,
+                flow.attention,
+                flow.pooled_shares(),
+            )
+            weights = self.labels.weights(evidence)
+        targets = evidence.mixture.targets(weights, soft)
+        if not self.labels.follows_shares:
+            for _, _, outcome in flow.outcomes:
+                targets = outcome.mix_targets(targets)
+        trace = _trace(fed, plan, evidence.mixture, weights, flow)
+        losses = [outcome.loss for _, _, outcome in flow.outcomes if outcome.loss is not None]
+        aux_loss = torch.stack(losses).sum() if losses else soft.new_zeros(())
+        return MixOutput(logits, targets, aux_loss, _stats(plan, weights, flow, aux_loss), trace)
+
+    def _flow(self, fed: Tensor, mixture: Mixture, targets: Tensor, grid: tuple[int, int]) -> Flow:
+        mixers: dict[int, list[TokenMixer]] = {}
+        verticals: dict[int, list[VerticalTokenMixup]] = {}
+        saliency = None
+        for stage in self.tokens:
+            assert isinstance(stage, TokenStage)
+            block = stage.draw_block(self.generator)
+            if isinstance(stage, VerticalTokenMixup):
+                if stage.kappa > grid[0] * grid[1]:
+                    raise InputError(
+                        f"expected `kappa` of VerticalTokenMixup up to the {grid[0] * grid[1]} "
+                        f"tokens of this input, got {stage.kappa}"
+                    )
+                verticals.setdefault(block, []).append(stage)
+            elif isinstance(stage, TokenMixer):
+                mixers.setdefault(block, []).append(stage)
+                if getattr(stage, "saliency", None) == "gradient":
+                    saliency = gradient_saliency(self.model, self.backbone, block, fed, targets)
+        flow = Flow(
+            self.backbone,
+            mixture,
+            targets,
+            mixers=mixers,
+            verticals=verticals,
+            follow_shares=self.labels.follows_shares,
+            attention_block=(
+                None
+                if self.labels.attention_block is None
+                else self.labels.attention_block % self.backbone.depth
+            ),
+            gradient_saliency=saliency,
+            generator=self.generator,
+        )
+        if flow.needed and self.backbone.recomputes():
+            raise UnsupportedModelError(
+                "looked for a model that keeps its activations, found gradient checkpointing: "
+                "its second pass would not be mixed like the first. Turn it off "
+                "(model.set_grad_checkpointing(False)) or use pixel mixing with area labels"
+            )
+        return flow
+
+    def _require_logits(self, logits: Any) -> None:
+        for head in logits if isinstance(logits, tuple) else (logits,):
+            if not isinstance(head, Tensor) or head.ndim != 2 or head.shape[1] != self.num_classes:
+                found = tuple(head.shape) if isinstance(head, Tensor) else type(head).__name__
+                raise InputError(
+                    f"expected logits (B, {self.num_classes}) from the model, got {found}; "
+                    "num_classes must be that of the model's classifier"
+                )
+
+
+def _trace(
+    fed: Tensor, plan: PixelPlan | None, mixture: Mixture, weights: Tensor, flow: Flow
+) -> MixTrace:
+    horizontal: dict[int, HorizontalPlan] = {}
+    blended: dict[int, BlendPlan] = {}
+    for block, _, outcome in flow.outcomes:
+        if isinstance(outcome.plan, HorizontalPlan):
+            horizontal[block] = outcome.plan
+        else:
+            blended[block] = outcome.plan
+    return MixTrace(fed, plan, mixture.sources, weights, horizontal, blended)
+
+
+def _stats(
+    plan: PixelPlan | None, weights: Tensor, flow: Flow, aux_loss: Tensor
+) -> dict[str, Tensor]:
+    stats = {"target/own_weight": weights[:, 0].mean()}
+    if plan is not None:
+        stats["pixels/own_share"] = plan.lam.mean()
+    for block, stage, outcome in flow.outcomes:
+        name = f"{stage.short_name}_{block}"
+        stats |= {f"{name}/{key}": value.detach() for key, value in outcome.stats.items()}
+        if outcome.loss is not None:
+            stats[f"aux/scorenet_{block}"] = outcome.loss.detach()
+    return stats
+
+
+def _require_kind(name: str, value: object, kinds: tuple[type, ...]) -> None:
+    if not isinstance(value, kinds):
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise InputError(f"expected `{name}` as {expected}, got {type(value).__name__}")
+
+
+def _require_unattached(stage: HorizontalTokenMixup) -> None:
+    if stage.scorenet is not None:
+        raise InputError(
+            "expected a HorizontalTokenMixup of its own for each MixingModel, "
+            "got one whose ScoreNet belongs to another"
+        )

@@ -1,0 +1,172 @@
+"""Options of a command: dataclass fields as ``--options``, YAML files, and one-line errors."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import types
+import typing
+from dataclasses import fields
+from typing import Any, Literal, Union
+
+from jsonargparse import ArgumentParser, Namespace
+
+from vitmix.errors import InputError
+from vitmix.train.config import suggest
+
+__all__ = ["Parser"]
+
+
+class Parser:
+    """A thin shell around jsonargparse that speaks in single lines.
+
+    Args:
+        program: as the user types it.
+        summary: what the command does.
+        example: a command line that works.
+    """
+
+    def __init__(self, program: str, summary: str, example: str) -> None:
+        self.program = program
+        self.parser = ArgumentParser(
+            prog=program,
+            description=f"{summary[0].upper()}{summary[1:]}.\n\nexample:\n  {example}",
+            exit_on_error=False,
+            allow_abbrev=False,
+            print_config="--print-config",
+            formatter_class=_HelpFormatter,
+            add_help=True,
+        )
+        self.names: list[str] = []
+        self.types: dict[str, Any] = {}
+        self.groups: dict[str, Any] = {}
+
+    def add(self, name: str, kind: Any, default: Any, text: str, group: str | None = None) -> None:
+        """Add an option (``--name``) or, without dashes, a positional argument."""
+        target: Any = self.parser
+        if group is not None:
+            if group not in self.groups:
+                self.groups[group] = self.parser.add_argument_group(group)
+            target = self.groups[group]
+        shown = "" if default is None else f" [{_plain(default)}]"
+        if not name.startswith("-"):
+            target.add_argument(name, type=kind, help=text)
+        elif kind is bool:
+            # A bare switch is true; `--ema false` is understood as well.
+            target.add_argument(
+                name, type=bool, nargs="?", const=True, default=default, help=text,
+                metavar="BOOL",
+            )  # fmt: skip
+        else:
+            target.add_argument(
+                name, type=kind, default=default, help=text + shown, metavar=_metavar(kind)
+            )
+        self.names.append(name)
+        self.types[name.lstrip("-").replace("-", "_")] = kind
+
+    def add_config(self, config: type, leave_out: tuple[str, ...] = ()) -> None:
+        """Add ``--config`` and every field of a dataclass made of ``option`` fields."""
+        self.parser.add_argument(
+            "--config", action="config", help="YAML file with any of these options", metavar="FILE"
+        )
+        self.names.append("--config")
+        hints = typing.get_type_hints(config)
+        for field in fields(config):
+            if field.name not in leave_out:
+                self.add(
+                    "--" + field.name.replace("_", "-"),
+                    hints[field.name],
+                    field.default,
+                    field.metadata["help"],
+                    field.metadata["group"],
+                )
+
+    def parse(self, arguments: list[str]) -> dict[str, Any]:
+        """The values of all options.
+
+        Raises:
+            InputError: names the option, what was expected and what came.
+        """
+        try:
+            values: Namespace = self.parser.parse_args([_normal(a) for a in arguments])
+        except argparse.ArgumentError as error:
+            raise InputError(self._explain(str(error))) from error
+        plain: dict[str, Any] = values.as_dict()
+        plain.pop("config", None)
+        return plain
+
+    def _explain(self, message: str) -> str:
+        """One line in our words for one of jsonargparse's messages."""
+        see = f"see {self.program} --help"
+        unknown = re.search(r"unrecognized arguments: (.*)", message)
+        if unknown:
+            first = next(
+                (w for w in unknown[1].split() if w.startswith("-")), unknown[1].split()[0]
+            )
+            word = first.split("=")[0]
+            return f"expected an option of {self.program}, got {word!r}{self._near(word)}; {see}"
+        key = re.search(
+            r"[Oo]ption '([\w.-]+)' is not accepted|[Kk]ey '?([\w.-]+)'? is not", message
+        )
+        if key:
+            word = key[1] or key[2]
+            return f"expected an option in the file, got {word!r}{self._near(word)}; {see}"
+        missing = re.search(r"argument (--[\w-]+): expected one argument", message)
+        if missing:
+            return f"expected a value after {missing[1]}, got none; {see}"
+        value = re.search(r"(?:Got value|Given value): (.*)", message)
+        named = re.search(r'key "([\w.]+)"', message)
+        if named and value and named[1] in self.types:
+            option = "--" + named[1].replace("_", "-")
+            return f"expected {option} to be {_describe(self.types[named[1]])}, got {value[1]!r}"
+        required = re.search(r'[Kk]ey "?(\w+)"? is required|required: (\w+)', message)
+        if required:
+            word = required[1] or required[2]
+            return f"expected the argument {word.upper()}, got none; {see}"
+        return f"{' '.join(message.split())}; {see}"
+
+    def _near(self, word: str) -> str:
+        return suggest("--" + word.lstrip("-").replace("_", "-"), self.names)
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the example's line breaks; leaves jsonargparse's notes on types out."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28, width=100)
+
+
+def _normal(argument: str) -> str:
+    """``--batch_size`` as ``--batch-size``, and infinity as YAML spells it."""
+    if argument.startswith("--"):
+        name, equals, value = argument.partition("=")
+        return name.replace("_", "-") + equals + (_normal(value) if equals else "")
+    return ".inf" if argument.lower() in ("inf", "infinity") else argument
+
+
+def _members(kind: Any) -> list[Any]:
+    if typing.get_origin(kind) in (Union, types.UnionType):
+        return [member for member in typing.get_args(kind) if member is not type(None)]
+    return [kind]
+
+
+def _metavar(kind: Any) -> str:
+    member = _members(kind)[0]
+    if typing.get_origin(member) is Literal:
+        return "{" + ",".join(typing.get_args(member)) + "}"
+    return {int: "N", float: "X"}.get(member, "TEXT")
+
+
+def _describe(kind: Any) -> str:
+    words = []
+    for member in _members(kind):
+        if typing.get_origin(member) is Literal:
+            words.append("one of " + ", ".join(typing.get_args(member)))
+        else:
+            names = {int: "a whole number", float: "a number", bool: "true or false"}
+            words.append(names.get(member, "text"))
+    return " or ".join(words)
+
+
+def _plain(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,377 @@
+"""Second stage, tokens: what happens to hidden tokens in front of a block?
+
+A stage that mixes samples draws a plan (:meth:`TokenMixer.plan`) from what :class:`TokenContext`
+tells it; the plan then moves tokens, targets and the mixture. Vertical mixing has no plan: it works
+within a sample.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vitmix.errors import InputError
+from vitmix.functional.draws import host_generator
+from vitmix.functional.horizontal import (
+    HorizontalPlan,
+    horizontal_plan,
+    mix_targets,
+    mix_tokens,
+)
+from vitmix.functional.mixture import Mixture
+from vitmix.functional.targets import soft_cross_entropy, soft_cross_entropy_per_sample
+from vitmix.scorenet import Pool, ScoreNet
+
+__all__ = [
+    "BlendPlan",
+    "HorizontalTokenMixup",
+    "ManifoldMixup",
+    "TokenContext",
+    "TokenMixer",
+    "TokenOutcome",
+    "TokenStage",
+    "VerticalTokenMixup",
+]
+
+
+@dataclass(frozen=True)
+class TokenContext:
+    """What a token stage may ask for.
+
+    Attributes:
+        targets: ``(B, C)`` labels of the samples as they are mixed so far.
+        num_prefix_tokens: tokens in front that stand for no image region.
+        attention_saliency: saliency ``(B, N)`` of the tokens at hand from the attention of this
+            block (0) or rolled out over that many further blocks.
+        gradient_saliency: saliency ``(B, N)`` from the gradient, computed before this pass.
+        generator: source of draws.
+    """
+
+    targets: Tensor
+    num_prefix_tokens: int
+    attention_saliency: Callable[[int], Tensor]
+    gradient_saliency: Tensor | None
+    generator: torch.Generator | None
+
+
+@dataclass(frozen=True)
+class BlendPlan:
+    """Every token is interpolated with the partner's (Manifold Mixup).
+
+    Attributes:
+        partner: ``(B,)`` int64.
+        own_weight: ``(B,)`` share of the own tokens and of the own label.
+    """
+
+    partner: Tensor
+    own_weight: Tensor
+
+
+@dataclass(frozen=True)
+class TokenOutcome:
+    """What a stage decided for a batch.
+
+    Attributes:
+        plan: what to do with the tokens.
+        loss: scalar to be added to the training loss, or None.
+        stats: scalars without gradient, for logging.
+    """
+
+    plan: HorizontalPlan | BlendPlan
+    loss: Tensor | None
+    stats: dict[str, Tensor]
+
+    def mix_tokens(self, tokens: Tensor, num_prefix_tokens: int) -> Tensor:
+        """Mix tokens ``(B, T, D)``."""
+        if isinstance(self.plan, HorizontalPlan):
+            return mix_tokens(tokens, self.plan, num_prefix_tokens=num_prefix_tokens)
+        weight = self.plan.own_weight.to(tokens.dtype)[:, None, None]
+        return torch.lerp(tokens[self.plan.partner], tokens, weight)
+
+    def mix_targets(self, targets: Tensor) -> Tensor:
+        """Mix targets ``(B, C)`` (TokenMixup, Eq. 11)."""
+        return mix_targets(targets, self.plan.partner, self.plan.own_weight)
+
+    def pad_shares(self, shares: Tensor) -> Tensor:
+        """Shares ``(B, M, K)`` of tokens that stay unmixed, among the 2 K sources after mixing."""
+        return torch.cat((shares, torch.zeros_like(shares)), -1)
+
+    def mix_shares(self, mixture: Mixture) -> Mixture:
+        """Follow the sources of every token."""
+        if isinstance(self.plan, HorizontalPlan):
+            return mixture.replaced(self.plan.partner, self.plan.replace)
+        return mixture.blended(self.plan.partner, self.plan.own_weight)
+
+
+class TokenStage(nn.Module):
+    """Something that happens to tokens at a block.
+
+    Attributes:
+        block: the block in front of which it happens, counted from 0; or several, of which one is
+            drawn for each batch.
+        short_name: names the stage in statistics.
+    """
+
+    block: int | tuple[int, ...]
+    short_name: str = "tokens"
+
+    def attach(
+        self, embed_dim: int, num_classes: int, num_prefix_tokens: int, class_token: bool
+    ) -> None:
+        """Make the stage's own parameters for a model; called once by ``MixingModel``."""
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Blocks at which the stage may act."""
+        return (self.block,) if isinstance(self.block, int) else self.block
+
+    def draw_block(self, generator: torch.Generator | None) -> int:
+        """Return the block at which the stage acts in the next pass."""
+        if len(self.blocks) == 1:
+            return self.blocks[0]
+        return int(host_generator(generator).choice(self.blocks))
+
+
+class TokenMixer(TokenStage):
+    """A stage that mixes the tokens of different samples."""
+
+    @abstractmethod
+    def plan(self, tokens: Tensor, context: TokenContext) -> TokenOutcome | None:
+        """Decide what to mix; None for nothing.
+
+        Args:
+            tokens: ``(B, T, D)``, input of the block.
+            context: labels, saliency, generator.
+        """
+
+
+class HorizontalTokenMixup(TokenMixer):
+    """Replace tokens of easy samples by more salient ones of others (TokenMixup, Sec. 3.1 to 3.3).
+
+    Args:
+        block: block in front of which tokens are mixed, counted from 0; its attention gives the
+            saliency.
+        tau: samples whose ScoreNet cross-entropy is below ``tau`` nats are mixed (Eq. 1, 8). The
+            released configurations scale the loss by 0.1: their 0.2 is 2.0 here. ``math.inf`` mixes
+            every sample (ablation without ScoreNet, which is trained all the same).
+        rho: a token is replaced if that raises its saliency by more than ``rho`` (Eq. 9).
+        pool: how ScoreNet pools tokens; see :class:`vitmix.scorenet.ScoreNet`.
+        stop_gradient: whether ScoreNet's loss is kept from the model's own parameters.
+        scorenet_weight: weight of ScoreNet's loss in the training loss. Released: 0.001 without
+            stop-gradient (CCT), 1.0 with it (ViT).
+        saliency: ``"attention"`` of the block (Eq. 3), its ``"rollout"`` over the next
+            ``rollout_steps`` blocks (Eq. 2), ``"gradient"`` of the loss by the tokens, or
+            ``"random"`` (ablation).
+        rollout_steps: further blocks of a rollout.
+        assignment: ``"exact"`` optimal assignment (Eq. 7) or ``"random"`` pairs (ablation).
+        relabel: label weights by ``"saliency"`` (Eq. 11) or by ``"area"``, the number of tokens
+            (ablation).
+
+    Raises:
+        InputError: a parameter outside its range.
+    """
+
+    short_name = "horizontal"
+
+    def __init__(
+        self,
+        block: int = 2,
+        tau: float = 2.0,
+        rho: float = 0.005,
+        pool: Pool = "auto",
+        stop_gradient: bool = True,
+        scorenet_weight: float = 1.0,
+        saliency: Literal["attention", "rollout", "gradient", "random"] = "attention",
+        rollout_steps: int = 1,
+        assignment: Literal["exact", "random"] = "exact",
+        relabel: Literal["saliency", "area"] = "saliency",
+    ) -> None:
+        super().__init__()
+        _require_block(block)
+        if math.isnan(tau):
+            raise InputError("expected `tau` as a number of nats, got NaN")
+        if not rho >= 0:
+            raise InputError(f"expected `rho` of at least 0, got {rho}")
+        if not scorenet_weight >= 0:
+            raise InputError(f"expected `scorenet_weight` of at least 0, got {scorenet_weight}")
+        _require_choice("saliency", saliency, ("attention", "rollout", "gradient", "random"))
+        _require_choice("assignment", assignment, ("exact", "random"))
+        _require_choice("relabel", relabel, ("saliency", "area"))
+        if rollout_steps < 1:
+            raise InputError(f"expected `rollout_steps` of at least 1, got {rollout_steps}")
+        self.block: int = block
+        self.tau = tau
+        self.rho = rho
+        self.pool: Pool = pool
+        self.stop_gradient = stop_gradient
+        self.scorenet_weight = scorenet_weight
+        self.saliency = saliency
+        self.rollout_steps = rollout_steps
+        self.assignment = assignment
+        self.relabel: Literal["saliency", "area"] = relabel
+        self.scorenet: ScoreNet | None = None
+
+    @property
+    def last_block(self) -> int:
+        """Last block whose attention is read."""
+        return self.block + (self.rollout_steps if self.saliency == "rollout" else 0)
+
+    def extra_repr(self) -> str:
+        """Name the hyper-parameters."""
+        return f"block={self.block}, tau={self.tau}, rho={self.rho}, saliency={self.saliency!r}"
+
+    def attach(
+        self, embed_dim: int, num_classes: int, num_prefix_tokens: int, class_token: bool
+    ) -> None:
+        """Make ScoreNet."""
+        self.scorenet = ScoreNet(embed_dim, num_classes, self.pool, num_prefix_tokens, class_token)
+
+    def plan(self, tokens: Tensor, context: TokenContext) -> TokenOutcome:
+        """Assess difficulty, then pair and mark tokens (TokenMixup, Algorithm 1)."""
+        if self.scorenet is None:
+            raise InputError("expected a stage inside a MixingModel, got one without its ScoreNet")
+        scores = self.scorenet(tokens.detach() if self.stop_gradient else tokens)
+        with torch.no_grad():
+            difficulty = soft_cross_entropy_per_sample(scores, context.targets)
+            easy = difficulty < self.tau if self.tau < math.inf else torch.ones_like(difficulty) > 0
+            saliency = self._saliency(tokens, context)
+            candidates = self._random_partners(tokens, context)
+            plan = horizontal_plan(
+                saliency, easy, self.rho, candidates=candidates, relabel=self.relabel
+            )
+            stats = self._stats(difficulty, easy, saliency, plan)
+        # The loss enters every step, so that ScoreNet's parameters always have a gradient.
+        loss = self.scorenet_weight * soft_cross_entropy(scores, context.targets)
+        return TokenOutcome(plan, loss, stats)
+
+    def _saliency(self, tokens: Tensor, context: TokenContext) -> Tensor:
+        if self.saliency == "attention":
+            return context.attention_saliency(0)
+        if self.saliency == "rollout":
+            return context.attention_saliency(self.rollout_steps)
+        if self.saliency == "gradient":
+            if context.gradient_saliency is None:
+                raise InputError("expected a gradient saliency computed before the pass, got none")
+            return context.gradient_saliency
+        shape = (len(tokens), tokens.shape[1] - context.num_prefix_tokens)
+        rng = host_generator(context.generator)
+        values = torch.from_numpy(rng.random(shape, dtype="float32")).to(tokens.device)
+        return values / values.sum(1, keepdim=True)
+
+    def _random_partners(self, tokens: Tensor, context: TokenContext) -> Tensor | None:
+        if self.assignment == "exact":
+            return None
+        order = host_generator(context.generator).permutation(len(tokens))
+        return torch.from_numpy(order).to(tokens.device)
+
+    @staticmethod
+    def _stats(
+        difficulty: Tensor, easy: Tensor, saliency: Tensor, plan: HorizontalPlan
+    ) -> dict[str, Tensor]:
+        mixed = easy.sum()
+        replaced = plan.replace.sum()
+        gain = torch.where(plan.replace, saliency[plan.partner] - saliency, 0).sum()
+        return {
+            "mixed_samples": mixed.float(),
+            "mixed_tokens": replaced / mixed.clamp_min(1),
+            "difficulty": difficulty.mean(),
+            "saliency_gain": gain / mixed.clamp_min(1),
+            "own_weight": plan.own_weight.mean(),
+        }
+
+
+class VerticalTokenMixup(TokenStage):
+    """Attend also to the most salient tokens of all earlier blocks (TokenMixup, Sec. 3.4, Eq. 13).
+
+    Args:
+        block: block whose keys and values are extended, counted from 0; at least 1.
+        kappa: tokens collected from the input of each earlier block.
+        stop_gradient: whether collected tokens carry no gradient.
+
+    Raises:
+        InputError: block 0, which no block precedes, or ``kappa`` below 1.
+    """
+
+    short_name = "vertical"
+
+    def __init__(self, block: int = 3, kappa: int = 3, stop_gradient: bool = False) -> None:
+        super().__init__()
+        if block == 0:
+            raise InputError(
+                "expected VerticalTokenMixup at block 1 or later, got block 0: "
+                "no earlier block has tokens to collect"
+            )
+        _require_block(block)
+        if kappa < 1:
+            raise InputError(f"expected `kappa` of at least 1, got {kappa}")
+        self.block = block
+        self.kappa = kappa
+        self.stop_gradient = stop_gradient
+
+    def extra_repr(self) -> str:
+        """Name the hyper-parameters."""
+        return f"block={self.block}, kappa={self.kappa}"
+
+
+class ManifoldMixup(TokenMixer):
+    """Interpolate all tokens with those of a random partner (Verma et al., ICML 2019).
+
+    Args:
+        block: block in front of which tokens are mixed, counted from 0; of several, one is drawn
+            for each batch.
+        alpha: both parameters of the Beta distribution that the share of the own tokens is drawn
+            from, once for a batch.
+        prob: probability that a batch is mixed.
+
+    Raises:
+        InputError: a parameter outside its range.
+    """
+
+    short_name = "manifold"
+
+    def __init__(
+        self, block: int | Sequence[int] = (0, 1, 2), alpha: float = 2.0, prob: float = 1.0
+    ) -> None:
+        super().__init__()
+        blocks = (block,) if isinstance(block, int) else tuple(block)
+        if not blocks:
+            raise InputError("expected at least one block, got none")
+        for index in blocks:
+            _require_block(index)
+        if not alpha > 0:
+            raise InputError(f"expected `alpha` above 0, got {alpha}")
+        if not 0 <= prob <= 1:
+            raise InputError(f"expected `prob` in [0, 1], got {prob}")
+        self.block = blocks
+        self.alpha = alpha
+        self.prob = prob
+
+    def extra_repr(self) -> str:
+        """Name the hyper-parameters."""
+        return f"block={self.block}, alpha={self.alpha}, prob={self.prob}"
+
+    def plan(self, tokens: Tensor, context: TokenContext) -> TokenOutcome | None:
+        """Draw partners and one share."""
+        rng = host_generator(context.generator)
+        if rng.random() >= self.prob:
+            return None
+        share = float(rng.beta(self.alpha, self.alpha))
+        partner = torch.from_numpy(rng.permutation(len(tokens))).to(tokens.device)
+        weight = torch.full((len(tokens),), share, device=tokens.device)
+        return TokenOutcome(BlendPlan(partner, weight), None, {"own_share": weight.mean()})
+
+
+def _require_block(block: int) -> None:
+    if isinstance(block, bool) or not isinstance(block, int) or block < 0:
+        raise InputError(f"expected `block` as an integer of at least 0, got {block!r}")
+
+
+def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"expected `{name}` as one of {', '.join(choices)}, got {value!r}")
