@@ -1,0 +1,95 @@
+"""Models by name: the compact convolutional transformers of this package, and timm's."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any, cast
+
+from vitmix.errors import InputError
+from vitmix.models.cct import CCT, cct_names
+from vitmix.models.cct import cct as _cct
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["CCT", "cct_names", "create_model"]
+
+_HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
+
+
+def create_model(
+    name: str, num_classes: int, img_size: int | tuple[int, int] = 224, **kwargs: Any
+) -> nn.Module:
+    """Build a model by name.
+
+    Args:
+        name: A compact convolutional transformer (see `cct_names`), else any name that
+            `timm.create_model` knows. timm is imported only in the second case.
+        num_classes: Number of classes of the head.
+        img_size: Side of the input in pixels, or `(height, width)`. timm models that take an input
+            size get it; the others (convolutional networks) take any size as they are.
+        **kwargs: Passed on to the model.
+
+    Raises:
+        InputError: If the name is unknown (the message lists the nearest names), if timm is
+            needed and missing, or if the model's patches don't divide the image.
+
+    Example:
+        >>> from vitmix.models import create_model
+        >>> model = create_model("cct_2_3x2_32", num_classes=10, img_size=32)
+        >>> model.grid_size(32)
+        (8, 8)
+    """
+    if name in cct_names():
+        return _cct(name, num_classes=num_classes, img_size=img_size, **kwargs)
+    try:
+        import timm
+    except ImportError as error:
+        raise InputError(
+            f"Expected one of vitmix's own models ({', '.join(cct_names())}), but got {name!r}. "
+            "Other names need timm: pip install 'vitmix[timm]'."
+        ) from error
+    if not (name.startswith(_HUB_PREFIXES) or timm.is_model(name)):
+        raise InputError(_unknown_name(name, [*cct_names(), *timm.list_models()]))
+    model = _create_timm(name, num_classes, img_size, kwargs)
+    _check_patches(name, model, img_size)
+    return model
+
+
+def _create_timm(
+    name: str, num_classes: int, img_size: int | tuple[int, int], kwargs: dict[str, Any]
+) -> nn.Module:
+    import timm
+
+    kwargs = {**kwargs, "num_classes": num_classes}
+    try:
+        return cast("nn.Module", timm.create_model(name, img_size=img_size, **kwargs))
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+    return cast("nn.Module", timm.create_model(name, **kwargs))
+
+
+def _check_patches(name: str, model: nn.Module, img_size: int | tuple[int, int]) -> None:
+    """A patch embedding drops the pixels beyond the last whole patch silently; refuse instead."""
+    patch_embed = getattr(model, "patch_embed", None)
+    patch = getattr(patch_embed, "patch_size", None)
+    if patch is None or getattr(patch_embed, "dynamic_img_pad", False):
+        return
+    size = (img_size, img_size) if isinstance(img_size, int) else img_size
+    patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
+    if size[0] % patch[0] or size[1] % patch[1]:
+        raise InputError(
+            f"Expected an image size that is a multiple of {name}'s patch size "
+            f"{patch[0]}x{patch[1]}, but got {size[0]}x{size[1]}. "
+            "Choose another image size or a model with other patches."
+        )
+
+
+def _unknown_name(name: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(map(repr, nearest))}?" if nearest else "Nothing is near it."
+    return (
+        f"Expected the name of a model of vitmix (cct_...) or of timm, but got {name!r}. {hint} "
+        "`timm.list_models()` lists timm's names."
+    )
