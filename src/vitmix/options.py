@@ -104,6 +104,8 @@ class Parser:
                 (w for w in unknown[1].split() if w.startswith("-")), unknown[1].split()[0]
             )
             word = first.split("=")[0]
+            if not word.startswith("-"):
+                return f"expected only options, got {word!r}; {see}"
             return f"expected an option of {self.program}, got {word!r}{self._near(word)}; {see}"
         key = re.search(
             r"[Oo]ption '([\w.-]+)' is not accepted|[Kk]ey '?([\w.-]+)'? is not", message
@@ -111,6 +113,12 @@ class Parser:
         if key:
             word = key[1] or key[2]
             return f"expected an option in the file, got {word!r}{self._near(word)}; {see}"
+        absent = re.search(r"File does not exist: '(.*)'", message)
+        if absent:
+            return f"expected --config to be a YAML file, there is no {absent[1]}"
+        if "Problems parsing config" in message:
+            detail = " ".join(message.split("parsing config:")[-1].split())
+            return f"expected --config to be valid YAML, got: {detail}"
         missing = re.search(r"argument (--[\w-]+): expected one argument", message)
         if missing:
             return f"expected a value after {missing[1]}, got none; {see}"

@@ -173,5 +173,5 @@ def suggest(name: str, known: Iterable[str]) -> str:
     >>> suggest("cutmx", ["mixup", "cutmix"])
     "; did you mean 'cutmix'?"
     """
-    near = difflib.get_close_matches(name.lower(), list(known), n=2, cutoff=0.6)
+    near = difflib.get_close_matches(name.lower(), list(known), n=2, cutoff=0.7)
     return f"; did you mean {' or '.join(repr(word) for word in near)}?" if near else ""

@@ -187,7 +187,7 @@ class ModelFacts:
 
         backbone = vitmix.describe(model)
         height, width = backbone.grid((img_size, img_size))
-        return cls(len(backbone.blocks), height * width, backbone.num_prefix_tokens > 0)
+        return cls(backbone.depth, height * width, backbone.class_token)
 
 
 def token_defaults(part: str, both: bool, facts: ModelFacts) -> dict[str, Any]:

@@ -1,0 +1,136 @@
+"""Measure a checkpoint on test images."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from vitmix.errors import InputError
+from vitmix.train.checkpoint import load_trained
+from vitmix.train.data import load_data
+from vitmix.train.loading import make_augment, make_loader
+from vitmix.train.run import pick_device
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+    from torch.utils.data import DataLoader
+
+__all__ = ["Scores", "evaluate_checkpoint", "evaluate_model"]
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Test figures: accuracies in percent, cross-entropy in nats."""
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+
+
+@torch.inference_mode()
+def evaluate_model(
+    model: nn.Module,
+    loader: DataLoader[Any],
+    prepare: Callable[[Tensor], Tensor],
+    num_classes: int,
+    *,
+    device: str = "cpu",
+    precision: str = "fp32",
+) -> Scores:
+    """Top-1, top-5 and loss of a model over a loader of uint8 images."""
+    model.eval().to(device)
+    top1 = MulticlassAccuracy(num_classes, average="micro").to(device)
+    top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro").to(device)
+    loss = MeanMetric().to(device)
+    count = 0
+    half = _AUTOCAST.get(precision)
+    for images, labels in loader:
+        labels = labels.to(device)
+        with torch.autocast(device, dtype=half) if half is not None else nullcontext():
+            logits = model(prepare(images.to(device)))
+        logits = logits.float()
+        top1.update(logits, labels)
+        top5.update(logits, labels)
+        loss.update(torch.nn.functional.cross_entropy(logits, labels), weight=len(labels))
+        count += len(labels)
+    return Scores(
+        100 * float(top1.compute()), 100 * float(top5.compute()), float(loss.compute()), count
+    )
+
+
+def evaluate_checkpoint(
+    run: str,
+    *,
+    data: str | None = None,
+    model: str | None = None,
+    batch_size: int | None = None,
+    precision: str | None = None,
+    device: str = "auto",
+    json: bool = False,
+) -> str:
+    """Measure the model of a run folder or checkpoint; returns the line to print.
+
+    Args:
+        run: run folder or checkpoint file.
+        data: data set; by default the one that the model was trained on.
+        model: the model that it must be.
+        batch_size: images at a time.
+        precision: ``fp32``, ``bf16`` or ``fp16``; by default as trained.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        json: give JSON instead of words.
+
+    Raises:
+        InputError: no usable checkpoint, or data with other classes.
+    """
+    if precision not in (None, "fp32", "bf16", "fp16"):
+        raise InputError(f"expected --precision to be fp32, bf16 or fp16, got {precision!r}")
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"expected --batch-size to be at least 1, got {batch_size}")
+    place = pick_device(device)
+    trained = load_trained(run, model=model)
+    config = trained.config
+    if data is not None:
+        config.data = data
+    config.img_size = trained.img_size
+    config.batch_size = batch_size or config.batch_size
+    images = load_data(config)
+    if images.classes != trained.classes:
+        raise InputError(
+            f"expected test images of the {len(trained.classes)} classes of {trained.path} "
+            f"({trained.classes[0]}, {trained.classes[1]}, ...), got {len(images.classes)} classes "
+            f"({images.classes[0]}, ...) from {config.data}; pass --data"
+        )
+    generator = torch.Generator()
+    prepare = make_augment(images, config, generator, train=False)
+    prepare.mean, prepare.std = trained.mean, trained.std  # as in training, whatever the data
+    scores = evaluate_model(
+        trained.model,
+        make_loader(images, config, train=False),
+        prepare,
+        len(trained.classes),
+        device=place,
+        precision=precision or config.precision,
+    )
+    return _in_words(scores) if not json else _as_json(scores)
+
+
+def _in_words(scores: Scores) -> str:
+    return (
+        f"top-1 {scores.top1:.2f}%  top-5 {scores.top5:.2f}%  loss {scores.loss:.4f}  "
+        f"({scores.images} images)"
+    )
+
+
+def _as_json(scores: Scores) -> str:
+    return json.dumps(asdict(scores))

@@ -1,0 +1,188 @@
+"""What happens around the steps: progress on the console, averaged weights, checkpoints."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import lightning.pytorch as pl
+
+    from vitmix.train.module import MixingTask
+
+__all__ = ["Checkpoints", "ConsoleProgress", "WeightAverage"]
+
+
+class ConsoleProgress(Callback):
+    """A bar that moves on a terminal; one plain line an epoch everywhere."""
+
+    def __init__(self, label: str = "") -> None:
+        self.label = label
+        self.bar: Any = None
+        self.started = 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock and, on a terminal, the bar."""
+        self.started = time.perf_counter()
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(
+                total=int(trainer.num_training_batches),
+                desc=f"{self.label}epoch {trainer.current_epoch + 1}/{trainer.max_epochs}",
+                unit="step",
+                leave=False,
+                dynamic_ncols=True,
+            )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *args: Any
+    ) -> None:
+        """Move the bar."""
+        if self.bar is not None:
+            self.bar.update()
+            if self.bar.n % 10 == 0:
+                self.bar.set_postfix(loss=f"{float(outputs['loss']):.3f}", refresh=False)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print the epoch's line."""
+        self._close()
+        task: MixingTask = pl_module  # type: ignore[assignment]
+        entry = task.history[-1]
+        width = len(str(trainer.max_epochs))
+        print(
+            f"{self.label}epoch {trainer.current_epoch + 1:{width}}/{trainer.max_epochs}"
+            f"  loss {entry.get('train/epoch_loss', float('nan')):.3f}"
+            f"  test loss {entry['val/loss']:.3f}"
+            f"  top-1 {entry['val/top1']:.2f}%"
+            f"  {time.perf_counter() - self.started:.1f} s",
+            flush=True,
+        )
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Leave the terminal clean."""
+        self._close()
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class WeightAverage(Callback):
+    """Exponential moving average of the weights, used for validation and stored beside them.
+
+    The decay starts low, at ``(1 + step) / (10 + step)``, so that short runs work too.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.steps = 0
+        self.average: dict[str, torch.Tensor] = {}
+        self.swapped: dict[str, torch.Tensor] | None = None
+
+    @staticmethod
+    def _state(pl_module: pl.LightningModule) -> dict[str, torch.Tensor]:
+        task: MixingTask = pl_module  # type: ignore[assignment]
+        return task.mixing.model.state_dict()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start from the first weights."""
+        if not self.average:
+            self.average = {key: value.clone() for key, value in self._state(pl_module).items()}
+        pl_module.averaged = self.average
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
+    ) -> None:
+        """Move the average towards the weights; counters and the like are copied."""
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        self.steps += 1
+        state = self._state(pl_module)
+        floating = [key for key, value in state.items() if value.is_floating_point()]
+        get_ema_multi_avg_fn(decay)(
+            [self.average[key] for key in floating], [state[key] for key in floating], self.steps
+        )
+        for key in state.keys() - set(floating):
+            self.average[key].copy_(state[key])
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the average in place of the weights."""
+        self.swapped = {key: value.clone() for key, value in self._state(pl_module).items()}
+        pl_module.mixing.model.load_state_dict(self.average)  # type: ignore[union-attr]
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the weights back."""
+        if self.swapped is not None:
+            pl_module.mixing.model.load_state_dict(self.swapped)  # type: ignore[union-attr]
+            self.swapped = None
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Put the weights back, so that a checkpoint made now is right."""
+        self.on_validation_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Kept in checkpoints; the average itself is stored by the task."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue counting."""
+        self.steps = state_dict["steps"]
+
+
+class Checkpoints(Callback):
+    """``last.ckpt`` after each epoch and on Ctrl-C, ``best.ckpt`` at the highest top-1."""
+
+    def __init__(self, folder: Path) -> None:
+        self.last = folder / "last.ckpt"
+        self.best = folder / "best.ckpt"
+        self.best_top1 = -1.0
+        self.best_epoch = 0
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        """Write beside, then rename: a reader never sees half a file."""
+        temporary = self.last.with_suffix(".tmp")
+        trainer.save_checkpoint(temporary)
+        os.replace(temporary, self.last)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save, and copy if it is the best so far."""
+        task: MixingTask = pl_module  # type: ignore[assignment]
+        top1 = task.history[-1]["val/top1"]
+        better = top1 > self.best_top1
+        if better:
+            self.best_top1, self.best_epoch = top1, trainer.current_epoch + 1
+        self._save(trainer)
+        if better:
+            temporary = self.best.with_suffix(".tmp")
+            shutil.copyfile(self.last, temporary)
+            os.replace(temporary, self.best)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Keep what was learned when the user stops the run."""
+        if isinstance(exception, KeyboardInterrupt):
+            self._save(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best figure so far."""
+        return {"best_top1": self.best_top1, "best_epoch": self.best_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from it."""
+        self.best_top1, self.best_epoch = state_dict["best_top1"], state_dict["best_epoch"]

@@ -1,0 +1,127 @@
+"""Reading checkpoints: the model of a run, built again from what its file says about itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vitmix.errors import InputError
+from vitmix.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vitmix.train.data import ImageData
+
+__all__ = ["FORMAT", "TrainedModel", "load_trained", "make_facts", "make_model"]
+
+FORMAT = 1
+_PREFIX = "mixing.model."
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model with its weights and what belongs to them."""
+
+    path: Path
+    model: nn.Module
+    config: TrainConfig
+    classes: tuple[str, ...]
+    img_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    metrics: dict[str, float]
+
+
+def make_model(config: TrainConfig, num_classes: int, img_size: int) -> nn.Module:
+    """The network that the settings name."""
+    from vitmix.models import create_model
+
+    options: dict[str, Any] = {}
+    if config.pretrained:
+        options["pretrained"] = True
+    if config.drop_path is not None:
+        options["drop_path_rate"] = config.drop_path
+    model: nn.Module = create_model(
+        config.model, num_classes=num_classes, img_size=img_size, **options
+    )
+    return model
+
+
+def make_facts(config: TrainConfig, data: ImageData) -> dict[str, Any]:
+    """Plain values that go into every checkpoint of a run."""
+    import vitmix
+
+    return {
+        "format": FORMAT,
+        "version": str(getattr(vitmix, "__version__", "")),
+        "config": config.to_dict(),
+        "classes": list(data.classes),
+        "img_size": data.img_size,
+        "mean": list(data.mean),
+        "std": list(data.std),
+    }
+
+
+def load_trained(path: str | Path, *, model: str | None = None) -> TrainedModel:
+    """Build the model of a run folder or checkpoint file.
+
+    Args:
+        path: a checkpoint, or a run folder (its ``last.ckpt``).
+        model: the model that the checkpoint should be of; by default whichever it is.
+
+    Raises:
+        InputError: no checkpoint, not one of vitmix, or of another model.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "last.ckpt"
+    if not path.is_file():
+        raise InputError(f"expected a run folder or a checkpoint, there is no {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and pickle raise many kinds for a file that is not theirs
+        raise InputError(
+            f"expected a checkpoint of plain tensors in {path}, it cannot be read as one; "
+            "give last.ckpt or best.ckpt of a run"
+        ) from error
+    facts = content.get("vitmix") if isinstance(content, dict) else None
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise InputError(
+            f"expected a checkpoint that vitmix train wrote, {path} is not one; "
+            "give last.ckpt or best.ckpt of a run"
+        )
+    config = TrainConfig.from_dict(facts["config"])
+    stored = config.model
+    config.model = model or config.model
+    config.pretrained = False
+    network = make_model(config, len(facts["classes"]), facts["img_size"])
+    state = facts.get("averaged") or {
+        key.removeprefix(_PREFIX): value
+        for key, value in content["state_dict"].items()
+        if key.startswith(_PREFIX)
+    }
+    expected = network.state_dict()
+    differing = sorted(expected.keys() ^ state.keys()) or [
+        key for key, value in expected.items() if value.shape != state[key].shape
+    ]
+    if differing:
+        raise InputError(
+            f"expected a checkpoint of {config.model} in {path}, got one of {stored} "
+            f"({len(differing)} tensors differ, first {differing[0]!r}); "
+            f"give the model that it was trained with"
+        )
+    network.load_state_dict(state)
+    return TrainedModel(
+        path,
+        network.eval(),
+        config,
+        tuple(facts["classes"]),
+        facts["img_size"],
+        tuple(facts["mean"]),
+        tuple(facts["std"]),
+        dict(facts["metrics"]),
+    )

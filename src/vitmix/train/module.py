@@ -1,0 +1,178 @@
+"""The Lightning task: one training step, validation, optimiser and schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from vitmix.errors import VitmixError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from vitmix import MixingModel
+    from vitmix.train.augment import BatchAugment
+    from vitmix.train.config import TrainConfig
+
+__all__ = ["MixingTask", "NonFiniteLossError", "learning_rate_factor", "parameter_groups"]
+
+
+class NonFiniteLossError(VitmixError):
+    """The training loss became NaN or infinite."""
+
+
+class MixingTask(pl.LightningModule):
+    """Trains a :class:`vitmix.MixingModel` and measures the model inside it.
+
+    Args:
+        mixing: model and stages.
+        config: settings of the optimiser, the schedule and the logs.
+        augment: what happens to a training batch on its device.
+        prepare: what happens to a test batch there.
+        num_classes: number of classes.
+        steps: optimiser steps of the whole run.
+        facts: plain values to be stored in checkpoints, enough to build the model again.
+    """
+
+    def __init__(
+        self,
+        mixing: MixingModel,
+        config: TrainConfig,
+        *,
+        augment: BatchAugment,
+        prepare: BatchAugment,
+        num_classes: int,
+        steps: int,
+        facts: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.mixing = mixing
+        self.config = config
+        self.augment, self.prepare = augment, prepare
+        self.steps = steps
+        self.facts = facts
+        self.log_every = config.log_every or max(1, round(steps / 1000))
+        self.top1 = MulticlassAccuracy(num_classes, average="micro")
+        self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro")
+        self.val_loss = MeanMetric()
+        self.history: list[dict[str, float]] = []  # one entry an epoch
+        self.averaged: dict[str, Tensor] | None = None  # set by the EMA callback
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._epoch_loss: list[Tensor] = []
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Augment and normalise on the device that the batch is on."""
+        images, labels = batch
+        stage = self.augment if self.trainer.training else self.prepare
+        images = stage(images)
+        if self.config.channels_last:
+            images = images.to(memory_format=torch.channels_last)
+        return images, labels
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Mix, predict, and check the loss before it can reach the weights."""
+        images, labels = batch
+        out = self.mixing(images, labels)
+        loss: Tensor = out.loss()
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteLossError(
+                f"the loss became {float(loss)} in step {self.global_step} "
+                f"(epoch {self.current_epoch + 1})"
+            )
+        self._record({"train/loss": loss.detach(), **out.stats})
+        self._epoch_loss.append(loss.detach())
+        return loss
+
+    def _record(self, values: dict[str, Tensor]) -> None:
+        """Log the mean of each value over ``log_every`` steps."""
+        for key, value in values.items():
+            value = value.detach().float()
+            self._sums[key] = self._sums[key] + value if key in self._sums else value
+            self._counts[key] = self._counts.get(key, 0) + 1
+        if (self.global_step + 1) % self.log_every == 0:
+            means = {key: float(total) / self._counts[key] for key, total in self._sums.items()}
+            means["lr"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+            self._write(means)
+            self._sums.clear()
+            self._counts.clear()
+
+    def _write(self, values: dict[str, float]) -> None:
+        for logger in self.loggers:
+            logger.log_metrics(values, step=self.global_step)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Measure the model on test images as they are."""
+        images, labels = batch
+        logits = self.mixing(images).float()
+        self.top1.update(logits, labels)
+        self.top5.update(logits, labels)
+        self.val_loss.update(
+            torch.nn.functional.cross_entropy(logits, labels), weight=len(labels)
+        )
+
+    def on_validation_epoch_end(self) -> None:
+        """Close the epoch's figures."""
+        entry = {
+            "epoch": float(self.current_epoch + 1),
+            "val/top1": 100 * float(self.top1.compute()),
+            "val/top5": 100 * float(self.top5.compute()),
+            "val/loss": float(self.val_loss.compute()),
+        }
+        for metric in (self.top1, self.top5, self.val_loss):
+            metric.reset()
+        if self._epoch_loss:
+            entry["train/epoch_loss"] = float(torch.stack(self._epoch_loss).mean())
+            self._epoch_loss.clear()
+        self.history.append(entry)
+        self._write(entry)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with linear warm-up and a cosine down to ``min_lr``."""
+        config = self.config
+        optimiser = torch.optim.AdamW(
+            parameter_groups(self.mixing, config.weight_decay), lr=config.lr
+        )
+        warmup = round(config.warmup_epochs * self.steps / config.epochs)
+        floor = min(config.min_lr / config.lr, 1.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimiser, lambda step: learning_rate_factor(step, self.steps, warmup, floor)
+        )
+        return {
+            "optimizer": optimiser,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what is needed to build the model again."""
+        checkpoint["vitmix"] = {
+            **self.facts,
+            "metrics": dict(self.history[-1]) if self.history else {},
+            "averaged": self.averaged,
+        }
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameters in two groups: matrices and kernels decay; biases and norms do not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def learning_rate_factor(step: int, steps: int, warmup: int, floor: float) -> float:
+    """Share of the peak rate in a step: linear warm-up, then half a cosine down to ``floor``.
+
+    >>> [round(learning_rate_factor(step, 12, 2, 0.0), 2) for step in (0, 1, 2, 7, 12)]
+    [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,301 @@
+"""One training run, from settings to ``results.json``."""
+
+from __future__ import annotations
+
+import logging
+import re
+import signal
+import time
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vitmix.errors import InputError
+from vitmix.train.callbacks import Checkpoints, ConsoleProgress, WeightAverage
+from vitmix.train.checkpoint import load_trained, make_facts, make_model
+from vitmix.train.data import ImageData, load_data
+from vitmix.train.folder import claim_folder, write_json, write_yaml
+from vitmix.train.loading import make_augment, make_loader
+from vitmix.train.methods import build_mixing, parse_method
+from vitmix.train.module import MixingTask, NonFiniteLossError
+from vitmix.train.policies import make_policy
+from vitmix.train.provenance import commit, device_name, versions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import lightning.pytorch as pl
+    from torch import nn
+
+    from vitmix.train.config import TrainConfig
+
+__all__ = ["Interrupted", "RunResult", "pick_device", "train_run"]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during training; the message says where the checkpoint is."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run."""
+
+    folder: Path
+    results: dict[str, Any]
+    task: MixingTask
+    data: ImageData
+
+
+def train_run(
+    config: TrainConfig,
+    *,
+    data: ImageData | None = None,
+    teacher_run: Path | None = None,
+    label: str = "",
+    verbose: bool = True,
+) -> RunResult:
+    """Train a model as ``config`` says, and leave a folder with everything about it.
+
+    Args:
+        config: the settings.
+        data: the data set, where it has been read before.
+        teacher_run: run folder of a plain model to be the teacher with ``teacher="auto"``.
+        label: put in front of each line of progress.
+        verbose: print what is trained and where it is written.
+
+    Raises:
+        InputError: settings, data or model do not fit; nothing was written.
+        NonFiniteLossError: the loss became NaN; the message names the step and the checkpoint.
+        Interrupted: Ctrl-C; the message names the checkpoint.
+    """
+    _check(config)
+    spec = parse_method(config.method)
+    data = data or load_data(config)
+    classes = len(data.classes)
+    torch.manual_seed(config.seed)
+    model = make_model(config, classes, data.img_size)
+    teacher = _make_teacher(config, data) if spec.needs_teacher else None
+    mixing = build_mixing(
+        model, config, num_classes=classes, img_size=data.img_size, teacher=teacher,
+        generator=torch.Generator().manual_seed(config.seed + 1),
+    )  # fmt: skip
+    method = Path(config.method).stem
+    default = "-".join((data.name, config.model, method, f"seed{config.seed}"))
+    default = re.sub(r"[^\w.+-]+", "_", default)
+    folder = claim_folder(config.out, config.name, default, config.overwrite)
+    write_yaml(folder / "config.yaml", config.to_dict())
+    if verbose:
+        _announce(config, data, mixing, folder)
+    if teacher is not None and config.teacher == "auto":
+        _fill_teacher(teacher, config, data, teacher_run, folder, label)
+    if teacher is not None:
+        teacher.to(pick_device(config.device))  # labels hold it, no module does
+
+    loader = make_loader(
+        data, config, train=True, generator=torch.Generator().manual_seed(config.seed + 2)
+    )
+    generator = torch.Generator().manual_seed(config.seed + 3)
+    task = MixingTask(
+        mixing, config,
+        augment=make_augment(data, config, generator, train=True),
+        prepare=make_augment(data, config, generator, train=False),
+        num_classes=classes, steps=len(loader) * config.epochs, facts=make_facts(config, data),
+    )  # fmt: skip
+    if config.channels_last:
+        task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    checkpoints = Checkpoints(folder)
+    torch.manual_seed(config.seed)
+    started = datetime.now(timezone.utc)
+    clock = time.perf_counter()
+    trainer = _make_trainer(config, folder, checkpoints, label)
+    _fit(trainer, task, loader, make_loader(data, config, train=False), checkpoints)
+    seconds = time.perf_counter() - clock
+    last = task.history[-1]
+    results = {
+        "top1": last["val/top1"],
+        "top5": last["val/top5"],
+        "loss": last["val/loss"],
+        "best_top1": checkpoints.best_top1,
+        "best_epoch": checkpoints.best_epoch,
+        "epochs": config.epochs,
+        "steps": task.steps,
+        "method": config.method,
+        "model": config.model,
+        "data": config.data,
+        "parameters": sum(p.numel() for p in mixing.model.parameters()),
+        "classes": classes,
+        "train_images": len(data.train),
+        "test_images": len(data.test),
+        "skipped_images": data.skipped,
+        "seed": config.seed,
+        "precision": config.precision,
+        "device": device_name(trainer.strategy.root_device),
+        "seconds": seconds,
+        "images_per_second": len(data.train) * config.epochs / seconds,
+        "started": started.isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": versions(),
+        "config": config.to_dict(),
+    }
+    write_json(folder / "results.json", results)
+    return RunResult(folder, results, task, data)
+
+
+def _check(config: TrainConfig) -> None:
+    """Everything that can be refused before data is read."""
+    config.validate()
+    make_policy(config.aa)
+    device = pick_device(config.device)
+    if config.precision == "fp16" and device == "cpu":
+        raise InputError("expected a GPU for --precision fp16, got the CPU; use bf16 or fp32")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+
+
+def pick_device(name: str) -> str:
+    """``auto`` resolved; an accelerator that is not there is refused."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(),
+             "mps": torch.backends.mps.is_available()}  # fmt: skip
+    if name == "auto":
+        return "cuda" if there["cuda"] else "mps" if there["mps"] else "cpu"
+    if not there.get(name, False):
+        raise InputError(f"expected --device {name} to be available, PyTorch finds none; use cpu")
+    return name
+
+
+def _announce(config: TrainConfig, data: ImageData, mixing: Any, folder: Path) -> None:
+    side = data.img_size
+    print(
+        f"data    {data.name}: {len(data.train)} training and {len(data.test)} test images, "
+        f"{len(data.classes)} classes, {side}x{side}"
+    )
+    if data.skipped:
+        print(f"        {data.skipped} corrupt images skipped")
+    millions = sum(p.numel() for p in mixing.model.parameters()) / 1e6
+    print(f"model   {config.model}, {millions:.2f} M parameters, {config.precision}")
+    print(f"method  {config.method}")
+    print(f"folder  {folder}", flush=True)
+
+
+def _make_teacher(config: TrainConfig, data: ImageData) -> nn.Module:
+    """The teacher; with ``auto`` one without knowledge yet, see :func:`_fill_teacher`."""
+    classes = len(data.classes)
+    if config.teacher == "auto":
+        return make_model(replace(config, pretrained=False), classes, data.img_size).eval()
+    if Path(config.teacher).exists() or config.teacher.endswith(".ckpt"):
+        trained = load_trained(config.teacher)
+        if trained.classes != data.classes or trained.img_size != data.img_size:
+            raise InputError(
+                f"expected a teacher for {classes} classes and images of side {data.img_size}, "
+                f"{config.teacher} has {len(trained.classes)} and {trained.img_size}"
+            )
+        return trained.model
+    from vitmix.models import create_model
+
+    teacher: nn.Module = create_model(
+        config.teacher, num_classes=classes, img_size=data.img_size, pretrained=True
+    )
+    return teacher.eval()
+
+
+def _fill_teacher(
+    teacher: nn.Module,
+    config: TrainConfig,
+    data: ImageData,
+    run: Path | None,
+    folder: Path,
+    label: str,
+) -> None:
+    """Load the plain model of ``run`` into the teacher; train one first where there is none."""
+    if run is None:
+        plain = replace(
+            config, method="none", out=str(folder), name="teacher", alpha=None, tau=None, rho=None,
+            kappa=None, block=None, vertical_block=None,
+        )  # fmt: skip
+        print(f"{label}training the teacher: {config.model} without mixing", flush=True)
+        run = train_run(plain, data=data, label=f"{label}teacher ", verbose=False).folder
+    teacher.load_state_dict(load_trained(run).model.state_dict())
+
+
+def _make_trainer(
+    config: TrainConfig, folder: Path, checkpoints: Checkpoints, label: str
+) -> pl.Trainer:
+    import lightning.pytorch as pl
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+    precision: Any = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+    callbacks: list[pl.Callback] = [WeightAverage(config.ema_decay)] if config.ema else []
+    callbacks += [ConsoleProgress(label), checkpoints]
+    with _quiet():
+        return pl.Trainer(
+            accelerator={"cuda": "gpu"}.get(device := pick_device(config.device), device),
+            devices=1,
+            precision=precision[config.precision],
+            max_epochs=config.epochs,
+            gradient_clip_val=config.clip_grad,
+            callbacks=callbacks,
+            logger=[
+                CSVLogger(folder, name="", version=""),
+                TensorBoardLogger(folder, name="tensorboard", version=""),
+            ],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+        )
+
+
+def _fit(
+    trainer: pl.Trainer, task: MixingTask, train: Any, test: Any, checkpoints: Checkpoints
+) -> None:
+    """Train; Ctrl-C and a broken loss become errors that say where the checkpoint is."""
+    kept = f"the checkpoint is {checkpoints.last}"
+    with _quiet(), _restored_interrupt():
+        try:
+            trainer.fit(task, train, test)
+        except NonFiniteLossError as error:
+            where = kept if checkpoints.last.exists() else "no epoch was finished"
+            raise NonFiniteLossError(f"{error}; {where}; try a smaller --lr") from None
+        except (KeyboardInterrupt, SystemExit) as error:
+            # Lightning turns Ctrl-C into SystemExit after the callbacks have run.
+            if isinstance(error, SystemExit) and not trainer.interrupted:
+                raise
+            where = kept if checkpoints.last.exists() else "nothing was trained yet"
+            raise Interrupted(where) from None
+
+
+@contextmanager
+def _restored_interrupt() -> Iterator[None]:
+    """Lightning ignores further Ctrl-C once it has seen one; give the handler back."""
+    try:
+        before = signal.getsignal(signal.SIGINT)
+        yield
+    finally:
+        try:
+            signal.signal(signal.SIGINT, before)
+        except ValueError:  # not the main thread
+            pass
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Lightning's remarks about choices that are ours off the console."""
+    logger = logging.getLogger("lightning.pytorch")
+    fabric = logging.getLogger("lightning.fabric")
+    levels = logger.level, fabric.level
+    logger.setLevel(logging.ERROR)
+    fabric.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        try:
+            yield
+        finally:
+            logger.setLevel(levels[0])
+            fabric.setLevel(levels[1])
