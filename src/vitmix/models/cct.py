@@ -52,7 +52,7 @@ class Classifier(nn.Module):
             self.positional_emb = nn.Parameter(torch.empty(1, num_tokens, embed_dim))
             nn.init.trunc_normal_(self.positional_emb, std=0.2)
         self.dropout = nn.Dropout(dropout)
-        rates = torch.linspace(0.0, stochastic_depth, num_layers).tolist()
+        rates = [stochastic_depth * i / max(1, num_layers - 1) for i in range(num_layers)]
         hidden = int(embed_dim * mlp_ratio)
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, hidden, dropout, attention_dropout, rate) for rate in rates
