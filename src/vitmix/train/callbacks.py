@@ -101,7 +101,8 @@ class WeightAverage(Callback):
         """Start from the first weights."""
         if not self.average:
             self.average = {key: value.clone() for key, value in self._state(pl_module).items()}
-        pl_module.averaged = self.average
+        task: MixingTask = pl_module  # type: ignore[assignment]
+        task.averaged = self.average
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -112,9 +113,8 @@ class WeightAverage(Callback):
         self.steps += 1
         state = self._state(pl_module)
         floating = [key for key, value in state.items() if value.is_floating_point()]
-        get_ema_multi_avg_fn(decay)(
-            [self.average[key] for key in floating], [state[key] for key in floating], self.steps
-        )
+        move = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        move([self.average[key] for key in floating], [state[key] for key in floating], self.steps)
         for key in state.keys() - set(floating):
             self.average[key].copy_(state[key])
 

@@ -38,13 +38,19 @@ class TrainedModel:
 
 def make_model(config: TrainConfig, num_classes: int, img_size: int) -> nn.Module:
     """The network that the settings name."""
-    from vitmix.models import create_model
+    from vitmix.models import cct_names, create_model
 
+    own = config.model in cct_names()
     options: dict[str, Any] = {}
     if config.pretrained:
+        if own:
+            raise InputError(
+                f"expected a timm model for --pretrained, got {config.model}, "
+                "which comes without weights"
+            )
         options["pretrained"] = True
     if config.drop_path is not None:
-        options["drop_path_rate"] = config.drop_path
+        options["stochastic_depth" if own else "drop_path_rate"] = config.drop_path
     model: nn.Module = create_model(
         config.model, num_classes=num_classes, img_size=img_size, **options
     )

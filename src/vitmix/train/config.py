@@ -9,7 +9,7 @@ import difflib
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from vitmix.errors import InputError
 
@@ -27,7 +27,8 @@ GROUPS = ("Data", "Augmentation", "Model", "Method", "Optimisation", "Run")
 
 def option(group: str, default: T, text: str) -> T:
     """A dataclass field with the group and the help text that the command line shows."""
-    return cast("T", field(default=default, metadata={"group": group, "help": text}))
+    made: T = field(default=default, metadata={"group": group, "help": text})
+    return made
 
 
 @dataclass
@@ -104,8 +105,12 @@ class TrainConfig:
     ema: bool = option("Optimisation", False, "evaluate an exponential moving average of weights")
     ema_decay: float = option("Optimisation", 0.999, "decay of that average, a step")
 
-    precision: Precision = option("Run", "fp32", "arithmetic of the model")
-    device: Device = option("Run", "auto", "where to run")
+    precision: Precision = option(  # noqa: RUF009
+        "Run", "fp32", "arithmetic of the model"
+    )
+    device: Device = option(  # noqa: RUF009
+        "Run", "auto", "where to run"
+    )
     channels_last: bool = option("Run", False, "channels-last memory layout (faster convolutions)")
     threads: int | None = option("Run", None, "CPU threads (default: PyTorch's choice)")
     seed: int = option("Run", 0, "seed of weights, order, augmentation and mixing")

@@ -87,7 +87,7 @@ def load_data(config: TrainConfig) -> ImageData:
         )  # fmt: skip
     train_split, train_skipped = _decode(train, size, check, config.skip_corrupt)
     test_split, test_skipped = _decode(test, size, check, config.skip_corrupt)
-    if not len(test_split) or len(train_split.labels.unique()) < 2:
+    if not len(test_split) or len(set(train_split.labels.tolist())) < 2:
         raise InputError(f"expected readable images in {config.data}, too few are left of it")
     assert train_split.images is not None
     mean, std = _statistics(train_split.images)
@@ -103,7 +103,7 @@ def _split(source: Source, test_share: float) -> tuple[Records, Records]:
     generator = torch.Generator().manual_seed(0)
     if test is None:
         held_out, kept = [], []
-        for label in train.labels.unique():
+        for label in sorted(set(train.labels.tolist())):
             rows = (train.labels == label).nonzero().flatten()
             rows = rows[torch.randperm(len(rows), generator=generator)]
             count = max(1, round(len(rows) * test_share)) if len(rows) > 1 else 0
@@ -125,7 +125,7 @@ def _interleaved(labels: Tensor, generator: torch.Generator) -> Tensor:
     """Rows in an order that goes round the classes, random within each class."""
     rows = torch.randperm(len(labels), generator=generator)
     turn = torch.empty_like(rows)
-    for label in labels.unique():
+    for label in sorted(set(labels.tolist())):
         members = (labels[rows] == label).nonzero().flatten()
         turn[members] = torch.arange(len(members))
     return rows[torch.argsort(turn, stable=True)]
@@ -141,7 +141,7 @@ def _check_classes(source: Source, train: Records) -> None:
                 f"expected labels from 0 to {len(source.classes) - 1} in {source.name!r}, "
                 f"got {low if low < 0 else high}; correct the labels"
             )
-    present = len(train.labels.unique())
+    present = len(set(train.labels.tolist()))
     if present < 2:
         only = source.classes[int(train.labels[0])] if len(train) else "none"
         raise InputError(
@@ -171,8 +171,9 @@ def _first_size(name: str, splits: tuple[Records, ...], skip_corrupt: bool) -> i
         for row in range(len(records)):
             try:
                 with records.open(row) as image:
-                    return min(image.size)
-            except DECODE_ERRORS as error:
+                    width, height = image.size
+                    return int(min(width, height))
+            except DECODE_ERRORS as error:  # noqa: PERF203
                 if not skip_corrupt:
                     raise corrupt(records.describe(row)) from error
     raise InputError(f"expected images in {name!r}, none can be read")
@@ -185,7 +186,7 @@ def _check_headers(splits: tuple[Records, ...], check: _SizeCheck, skip_corrupt:
             try:
                 with records.open(row) as image:
                     size = image.size
-            except DECODE_ERRORS as error:
+            except DECODE_ERRORS as error:  # noqa: PERF203
                 if not skip_corrupt:
                     raise corrupt(records.describe(row)) from error
             else:

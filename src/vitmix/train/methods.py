@@ -1,8 +1,8 @@
 """Methods by name: which pixel mix, labels and token stages a name stands for, with which settings.
 
-A method is a :class:`MethodSpec`: three plain entries, ``mix``, ``labels`` and ``tokens``, the same as
-in a YAML file. Names are turned into specs without loading PyTorch models; :func:`build_mixing` makes
-the stages for one model.
+A method is a :class:`MethodSpec`: three plain entries, ``mix``, ``labels`` and ``tokens``, the same
+as in a YAML file. Names are turned into specs without looking at a model; :func:`build_mixing`
+makes the stages for one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import vitmix
     from vitmix.train.config import TrainConfig
 
-__all__ = ["METHODS", "MethodSpec", "Part", "build_mixing", "parse_method"]
+__all__ = ["METHODS", "MethodSpec", "Part", "build_mixing", "in_words", "parse_method"]
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,31 @@ def parse_method(method: str) -> MethodSpec:
             f"{method}; leave one out, or choose `labels` in a YAML file"
         )
     return MethodSpec(tuple(mix), Part(next(iter(labels), "area")), tuple(tokens.values()))
+
+
+WORDS = {
+    "mixup": "Two images are blended.",
+    "cutmix": "One box comes from the partner.",
+    "tokenmix": "Scattered blocks of tokens come from the partner.",
+    "area": "The label follows the area.",
+    "teacher": "The label follows what a teacher sees of each image.",
+    "attention": "The label follows the model's attention.",
+    "aligned": "The label is carried, token by token, through every attention layer.",
+    "horizontal": "Tokens of easy images are replaced by more salient ones of a partner; the label "
+    "follows the saliency.",
+    "vertical": "A block also attends to the most salient tokens of the blocks before it.",
+    "manifold": "Hidden tokens of two images are blended.",
+}
+
+
+def in_words(spec: MethodSpec) -> str:
+    """What a method does, for people who read a report.
+
+    >>> in_words(METHODS["cutmix"])
+    'One box comes from the partner. The label follows the area.'
+    """
+    labels = (spec.labels,) if spec.mix else ()
+    return " ".join(WORDS[part.name] for part in (*spec.mix, *labels, *spec.tokens))
 
 
 def _read_method(path: Path) -> MethodSpec:
@@ -279,12 +304,12 @@ def _token_settings(
         block = config.block
         if part.name == "vertical" and (len(names) > 1 or config.vertical_block is not None):
             block = config.vertical_block
-        given = {
+        options: dict[str, dict[str, Any]] = {
             "horizontal": {"block": block, "tau": config.tau, "rho": config.rho},
             "vertical": {"block": block, "kappa": config.kappa},
             "manifold": {"block": block, "alpha": config.alpha},
-        }[part.name]
-        given = {key: value for key, value in given.items() if value is not None}
+        }
+        given = {key: value for key, value in options[part.name].items() if value is not None}
         chosen.append((part, token_defaults(part.name, both, facts) | part.args | given))
     return chosen
 

@@ -112,9 +112,7 @@ class MixingTask(pl.LightningModule):
         logits = self.mixing(images).float()
         self.top1.update(logits, labels)
         self.top5.update(logits, labels)
-        self.val_loss.update(
-            torch.nn.functional.cross_entropy(logits, labels), weight=len(labels)
-        )
+        self.val_loss.update(torch.nn.functional.cross_entropy(logits, labels), weight=len(labels))
 
     def on_validation_epoch_end(self) -> None:
         """Close the epoch's figures."""

@@ -27,10 +27,11 @@ BINS = 31  # strengths are rounded to this many steps, as TrivialAugment defines
 
 
 def _affine(images: Tensor, *, shear: tuple[float, float] = (0, 0), shift: Any = (0, 0)) -> Tensor:
-    return F.affine(
+    moved: Tensor = F.affine(
         images, angle=0.0, translate=list(shift), scale=1.0, shear=list(shear), center=[0, 0],
         interpolation=InterpolationMode.BILINEAR,
     )  # fmt: skip
+    return moved
 
 
 def _degrees(strength: float, top: float) -> float:
@@ -84,7 +85,7 @@ class Policy:
             signed = (which < len(SIGNED)) & negative
             key = (which * BINS + level) * 2 + signed
             out = images.clone()
-            for value in key.unique().tolist():
+            for value in sorted(set(key.tolist())):
                 rows = (key == value).nonzero().flatten().to(images.device)
                 operation = OPERATIONS[names[value // (2 * BINS)]]
                 amount = (value // 2) % BINS / (BINS - 1) * (-1 if value % 2 else 1)

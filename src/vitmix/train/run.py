@@ -7,7 +7,7 @@ import re
 import signal
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -34,7 +34,14 @@ if TYPE_CHECKING:
 
     from vitmix.train.config import TrainConfig
 
-__all__ = ["Interrupted", "RunResult", "pick_device", "train_run"]
+__all__ = [
+    "Interrupted",
+    "RunResult",
+    "check_config",
+    "default_name",
+    "pick_device",
+    "train_run",
+]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -73,7 +80,7 @@ def train_run(
         NonFiniteLossError: the loss became NaN; the message names the step and the checkpoint.
         Interrupted: Ctrl-C; the message names the checkpoint.
     """
-    _check(config)
+    check_config(config)
     spec = parse_method(config.method)
     data = data or load_data(config)
     classes = len(data.classes)
@@ -84,9 +91,7 @@ def train_run(
         model, config, num_classes=classes, img_size=data.img_size, teacher=teacher,
         generator=torch.Generator().manual_seed(config.seed + 1),
     )  # fmt: skip
-    method = Path(config.method).stem
-    default = "-".join((data.name, config.model, method, f"seed{config.seed}"))
-    default = re.sub(r"[^\w.+-]+", "_", default)
+    default = default_name(data.name, config.model, Path(config.method).stem, f"seed{config.seed}")
     folder = claim_folder(config.out, config.name, default, config.overwrite)
     write_yaml(folder / "config.yaml", config.to_dict())
     if verbose:
@@ -107,7 +112,7 @@ def train_run(
         num_classes=classes, steps=len(loader) * config.epochs, facts=make_facts(config, data),
     )  # fmt: skip
     if config.channels_last:
-        task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        task.to(memory_format=torch.channels_last)
     checkpoints = Checkpoints(folder)
     torch.manual_seed(config.seed)
     started = datetime.now(timezone.utc)
@@ -146,7 +151,7 @@ def train_run(
     return RunResult(folder, results, task, data)
 
 
-def _check(config: TrainConfig) -> None:
+def check_config(config: TrainConfig) -> None:
     """Everything that can be refused before data is read."""
     config.validate()
     make_policy(config.aa)
@@ -155,6 +160,11 @@ def _check(config: TrainConfig) -> None:
         raise InputError("expected a GPU for --precision fp16, got the CPU; use bf16 or fp32")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+
+
+def default_name(*parts: str) -> str:
+    """A folder name of these words, without signs that file systems dislike."""
+    return re.sub(r"[^\w.+-]+", "_", "-".join(parts))
 
 
 def pick_device(name: str) -> str:
@@ -277,10 +287,8 @@ def _restored_interrupt() -> Iterator[None]:
         before = signal.getsignal(signal.SIGINT)
         yield
     finally:
-        try:
+        with suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGINT, before)
-        except ValueError:  # not the main thread
-            pass
 
 
 @contextmanager

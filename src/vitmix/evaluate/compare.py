@@ -1,0 +1,258 @@
+"""Several methods over several seeds, trained the same way and tabulated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vitmix.errors import InputError
+from vitmix.evaluate.table import as_markdown, as_text, best_row, header, summarise, table_rows
+from vitmix.plots.curves import (
+    LEARNING_PANELS,
+    MIXING_PANELS,
+    Series,
+    learning_curves,
+    mixing_curves,
+    read_metrics,
+)
+from vitmix.plots.examples import Example, collect_examples, examples_figure
+from vitmix.plots.report import Page, Picture, write_page
+from vitmix.plots.style import LIGHT, Theme, themed
+from vitmix.train.checkpoint import make_model
+from vitmix.train.data import ImageData, load_data
+from vitmix.train.folder import claim_folder, write_json, write_yaml
+from vitmix.train.methods import build_mixing, in_words, parse_method
+from vitmix.train.provenance import commit, versions
+from vitmix.train.run import check_config, default_name, train_run
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from matplotlib.figure import Figure
+
+    from vitmix.train.config import TrainConfig
+
+__all__ = ["Comparison", "compare", "parse_seeds"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A finished comparison."""
+
+    folder: Path
+    report: Path
+    summaries: list[dict[str, Any]]
+
+
+def parse_seeds(text: str, first: int) -> list[int]:
+    """``"3"``: three seeds from ``first`` on; ``"0,4,7"``: these seeds.
+
+    >>> parse_seeds("2", 5), parse_seeds("1,4", 0)
+    ([5, 6], [1, 4])
+    """
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) == 1 and numbers[0] > 0:
+        return list(range(first, first + numbers[0]))
+    if len(numbers) < 2 or min(numbers) < 0 or len(set(numbers)) < len(numbers):
+        raise InputError(
+            f"expected --seeds to be a number of seeds, or different seeds between commas, "
+            f"got {text!r}"
+        )
+    return numbers
+
+
+def compare(
+    config: TrainConfig,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    title: str = "",
+    command: str = "",
+) -> Comparison:
+    """Train every method with every seed; write table, plots and report.
+
+    Teachers of ``tokenmix`` with ``teacher="auto"`` are the runs of ``none`` with the same seed,
+    where there are such.
+
+    Raises:
+        InputError: settings that do not fit; nothing was written.
+    """
+    if not methods or len(set(methods)) < len(methods):
+        raise InputError(
+            f"expected --methods to be different methods between commas, got {','.join(methods)!r}"
+        )
+    check_config(config)
+    data = load_data(config)
+    for method in methods:
+        _try_method(replace(config, method=method), data)
+    default = default_name("compare", data.name, config.model)
+    folder = claim_folder(config.out, config.name, default, config.overwrite)
+    settings = {"methods": ",".join(methods), "seeds": ",".join(map(str, seeds))}
+    write_yaml(folder / "config.yaml", settings | config.to_dict())
+    print(f"data    {data.name}: {len(data.train)} training, {len(data.test)} test images")
+    print(f"model   {config.model}, {config.epochs} epochs, seeds {settings['seeds']}")
+    print(f"folder  {folder}", flush=True)
+    results: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
+    examples: dict[str, list[Example]] = {}
+    plain: dict[int, Path] = {}
+    # The plain runs first: they are the teachers.
+    order = [(seed, method) for seed in seeds for method in sorted(methods, key="none".__ne__)]
+    for number, (seed, method) in enumerate(order, 1):
+        run = train_run(
+            replace(config, method=method, seed=seed, out=str(folder),
+                    name=f"{Path(method).stem}-seed{seed}", overwrite=False),
+            data=data,
+            teacher_run=plain.get(seed),
+            label=f"[{number}/{len(order)}] {Path(method).stem} seed {seed}  ",
+            verbose=False,
+        )  # fmt: skip
+        results[method].append(run.results)
+        if method == "none":
+            plain[seed] = run.folder
+        if method not in examples:
+            examples[method] = collect_examples(run.task, data)
+        write_json(folder / "compare.json", _document(config, seeds, results))
+    summaries = [summarise(method, results[method]) for method in methods]
+    rows = table_rows(summaries)
+    (folder / "compare.md").write_text(as_markdown(header(summaries), rows), encoding="utf-8")
+    metrics = {
+        Path(method).stem: [
+            read_metrics(folder / f"{Path(method).stem}-seed{seed}") for seed in seeds
+        ]
+        for method in methods
+    }
+    with themed(LIGHT):
+        learning_curves(metrics).savefig(folder / "compare.png", dpi=160)
+    report = folder / "report.html"
+    page = _page(config, data, summaries, metrics, examples, seeds)
+    page.title, page.command = title or page.title, command or page.command
+    write_page(page, report)
+    print(f"\n{as_text(header(summaries), rows)}\n", flush=True)
+    return Comparison(folder, report, summaries)
+
+
+def _try_method(config: TrainConfig, data: ImageData) -> None:
+    """Build the model and the method once, so that a mistake shows before the first run."""
+    model = make_model(config, len(data.classes), data.img_size)
+    teacher = model if parse_method(config.method).needs_teacher else None
+    build_mixing(
+        model, config, num_classes=len(data.classes), img_size=data.img_size, teacher=teacher
+    )
+
+
+def _document(
+    config: TrainConfig, seeds: Sequence[int], results: dict[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
+    """What ``compare.json`` holds; complete after every run."""
+    return {
+        "methods": [summarise(method, runs) for method, runs in results.items() if runs],
+        "seeds": list(seeds),
+        "config": config.to_dict(),
+        "commit": commit(),
+        "versions": versions(),
+        "runs": [run for runs in results.values() for run in runs],
+    }
+
+
+def _page(
+    config: TrainConfig,
+    data: ImageData,
+    summaries: list[dict[str, Any]],
+    metrics: dict[str, list[dict[str, Series]]],
+    examples: dict[str, list[Example]],
+    seeds: Sequence[int],
+) -> Page:
+    runs = f"{len(seeds)} seeds, mean ± standard deviation" if len(seeds) > 1 else "one seed"
+    page = Page(
+        title=f"{len(summaries)} ways of mixing on {data.name}",
+        summary=f"{config.model} trained for {config.epochs} epochs on {len(data.train)} images, "
+        f"tested on {len(data.test)}; {runs}. Figures are those of the last epoch.",
+        header=header(summaries),
+        rows=table_rows(summaries),
+        best=best_row(summaries),
+    )
+    page.curves.append(
+        (
+            "Learning curves",
+            "Test accuracy is measured on images as they are. The training loss is that of the "
+            "mixed images against mixed targets, so it stays higher the more is mixed."
+            + (" Bands show the range over the seeds." if len(seeds) > 1 else ""),
+            [
+                Picture(partial(_draw_learning, metrics, {key: title}), f"{title} by epoch")
+                for key, title in LEARNING_PANELS.items()
+            ],
+        )
+    )
+    first = {method: runs[0] for method, runs in metrics.items()}
+    if mixing_curves(first) is not None:
+        page.curves.append(
+            (
+                "What TokenMixup mixes",
+                "ScoreNet lets a sample be mixed once the model finds it easy, so the number of "
+                "mixed samples rises as the model learns. Replaced tokens are those that a partner "
+                "shows more saliently.",
+                [
+                    Picture(partial(_draw_mixing, first, {key: title}), f"{title} by step")
+                    for key, title in MIXING_PANELS.items()
+                ],
+            )
+        )
+    for method, shown in examples.items():
+        if shown:
+            page.mixed.append(_mixed_picture(method, shown))
+    page.facts = {
+        "data": config.data,
+        "model": config.model,
+        "epochs": str(config.epochs),
+        "batch size": str(config.batch_size),
+        "learning rate": f"{config.lr:g}",
+        "weight decay": f"{config.weight_decay:g}",
+        "precision": config.precision,
+        "device": str(torch.get_num_threads()) + " CPU threads"
+        if not torch.cuda.is_available()
+        else torch.cuda.get_device_name(),
+        "seeds": ", ".join(map(str, seeds)),
+        "commit": commit() or "not in a repository",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+    }
+    methods = ",".join(row["method"] for row in summaries)
+    page.command = (
+        f"vitmix compare --data {config.data} --model {config.model} --methods {methods} "
+        f"--seeds {len(seeds)} --epochs {config.epochs} --batch-size {config.batch_size} "
+        f"--lr {config.lr:g}"
+    )
+    return page
+
+
+def _draw_learning(
+    metrics: dict[str, list[dict[str, Series]]], titles: dict[str, str], theme: Theme
+) -> Figure:
+    return learning_curves(metrics, titles)
+
+
+def _draw_mixing(
+    metrics: dict[str, dict[str, Series]], titles: dict[str, str], theme: Theme
+) -> Figure:
+    figure = mixing_curves(metrics, titles)
+    assert figure is not None
+    return figure
+
+
+def _draw_examples(shown: list[Example], method: str, theme: Theme) -> Figure:
+    return examples_figure(shown, theme, method)
+
+
+def _mixed_picture(method: str, shown: list[Example]) -> Picture:
+    caption = in_words(parse_method(method))
+    if shown[0].stage != "pixels":
+        caption += f" Hidden {shown[0].stage} are shown as the image patches they stand for."
+    name = Path(method).stem
+    words = f"Original, partner, mask, mixed image and target of {name}"
+    return Picture(partial(_draw_examples, shown, name), words, caption, vector=False)

@@ -1,0 +1,70 @@
+"""Colours and themes of all figures: safe for colour-blind readers, light and dark."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["DARK", "LIGHT", "OWN", "PARTNER", "THEMES", "Theme", "line_style", "themed"]
+
+# Okabe and Ito's palette without yellow and black, which vanish on one of the two grounds.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+DASHES = ("-", "--", "-.", ":")
+OWN, PARTNER = "#0072B2", "#E69F00"
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Ground and ink of a figure; the ground is only used where it cannot be transparent."""
+
+    name: str
+    ground: str
+    ink: str
+    faint: str
+
+
+LIGHT = Theme("light", "#ffffff", "#1b1f24", "#d5d9de")
+DARK = Theme("dark", "#15181c", "#e6e8ea", "#3a4149")
+THEMES = (LIGHT, DARK)
+
+
+def line_style(index: int) -> dict[str, Any]:
+    """Colour and dashes of the line with this number: they differ even in grey."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": DASHES[index % len(DASHES)],
+    }
+
+
+@contextmanager
+def themed(theme: Theme) -> Iterator[None]:
+    """Draw with this theme."""
+    settings: Any = {
+        "figure.facecolor": theme.ground,
+        "savefig.facecolor": theme.ground,
+        "axes.facecolor": "none",
+        "axes.edgecolor": theme.faint,
+        "axes.labelcolor": theme.ink,
+        "axes.titlecolor": theme.ink,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": theme.faint,
+        "grid.linewidth": 0.6,
+        "text.color": theme.ink,
+        "xtick.color": theme.ink,
+        "ytick.color": theme.ink,
+        "legend.frameon": False,
+        "lines.linewidth": 1.8,
+        "font.size": 10,
+        "axes.titlesize": 10,
+        "svg.fonttype": "path",
+    }
+    with mpl.rc_context(settings):
+        yield
