@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vitmix.attention import AttentionCall, AttentionTap, read_attention, read_query_key
 from vitmix.backbones import Backbone
 from vitmix.errors import UnsupportedModelError
-from vitmix.functional.alignment import align_shares, attend_with_shares
+from vitmix.functional.alignment import align_shares, attend_with_shares, pooled_shares
 from vitmix.functional.mixture import Mixture
 from vitmix.functional.saliency import (
     attention_rollout,
@@ -310,6 +310,7 @@ class Flow:
             if self._follow:
                 shares = self.mixture.shares
                 own_rows = attention[:, :, : shares.shape[1]].float()
+                own_rows = own_rows / own_rows.sum(-1, keepdim=True)
                 moved = align_shares(shares, own_rows, key_shares=self._key_shares())
                 self.mixture = self.mixture._replace(shares=moved)
 
@@ -337,7 +338,7 @@ class Flow:
     def _pool(self, weights: Tensor) -> None:
         shares = self.mixture.shares
         shares = shares[:, shares.shape[1] - weights.shape[-1] :]
-        self._pooled = (weights @ shares)[:, 0]
+        self._pooled = pooled_shares(shares, weights[:, 0])
 
     def _require_square(self, queries: int, keys: int) -> None:
         extra = 0 if self._appended is None else self._appended.shape[1]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitmix.errors import InputError
+from vitmix.functional.alignment import pooled_shares
 from vitmix.functional.mixture import Mixture
 from vitmix.functional.pixel_plan import PixelPlan
 from vitmix.functional.targets import activation_weight
@@ -114,7 +115,7 @@ class AttentionLabels(LabelRule):
             raise InputError("expected the saliency of a block as evidence, got none")
         shares = evidence.mixture.shares[:, evidence.num_prefix_tokens :]
         attention = evidence.attention / evidence.attention.sum(1, keepdim=True)
-        attended = torch.einsum("bn,bnk->bk", attention, shares)
+        attended = pooled_shares(shares, attention)
         return (1 - self.area) * attended + self.area * shares.mean(1)
 
 

@@ -112,7 +112,8 @@ class PixelMix(ABC):
     def _pair(self, batch: int, rng: np.random.Generator) -> np.ndarray:
         partner: np.ndarray = np.arange(batch)
         if self.pairing == "flip":
-            return partner[::-1].copy()
+            flipped: np.ndarray = partner[::-1].copy()
+            return flipped
         if self.draw != "pair":
             return np.asarray(rng.permutation(batch))
         order = rng.permutation(batch)
@@ -324,10 +325,11 @@ class OneOf(PixelMix):
         chosen = rng.choice(len(self.mixers), count, p=self.weights)
         mixed = self._mixed(count, rng)
         if count == 1 and mixed[0]:
-            return self.mixers[chosen[0]].own_shares(1, size, grid, rng)
+            only = self.mixers[int(chosen[0])]
+            return only.own_shares(1, size, grid, rng)
         shape = (count, *size) if mixed.any() else (count, 1, 1)
         own: np.ndarray = np.ones(shape, dtype=np.float32)
-        binary = True
+        binary: bool = True
         for index, mixer in enumerate(self.mixers):
             rows = np.flatnonzero((chosen == index) & mixed)
             if len(rows):

@@ -69,7 +69,7 @@ class ActivationMaps:
         finally:
             self.teacher.train(training)
         weight = torch.stack([layer.weight for layer in self.classifiers]).mean(0)[classes]
-        return torch.einsum("bdhw,bd->bhw", features.float(), weight.float()).relu()
+        return (features.float() * weight.float()[:, :, None, None]).sum(1).relu()
 
     def _features(self, images: Tensor) -> Tensor:
         """Last features ``(B, D, h, w)``."""
@@ -113,7 +113,7 @@ class ActivationMaps:
         return found[0]
 
 
-def _classifiers(teacher: nn.Module) -> list[nn.Linear]:
+def _classifiers(teacher: Any) -> list[nn.Linear]:
     """The linear layers that classify: two for distilled models, whose logits are averaged."""
     found: Any = None
     if hasattr(teacher, "get_classifier"):

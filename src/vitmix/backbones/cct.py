@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from vitmix.backbones.base import Backbone, Block
@@ -16,7 +18,7 @@ def describe(model: nn.Module) -> Backbone | None:
     """Describe a CCT; None if the model is something else."""
     if not isinstance(model, CCT):
         return None
-    classifier = model.classifier
+    classifier: Any = model.classifier
     return Backbone(
         family="CCT",
         blocks=tuple(

@@ -13,12 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitmix.errors import InputError
+from vitmix.functional.precision import no_autocast
+from vitmix.functional.riding import MAX_WIDTH, attend, padded_width
 
 __all__ = ["align_shares", "attend_with_shares", "pooled_shares"]
-
-# Widths that fused kernels take are multiples of this.
-_WIDTH_STEP = 8
-_MAX_FUSED_WIDTH = 256
 
 
 def align_shares(shares: Tensor, attention: Tensor, *, key_shares: Tensor | None = None) -> Tensor:
@@ -51,8 +49,8 @@ def align_shares(shares: Tensor, attention: Tensor, *, key_shares: Tensor | None
             f"expected `attention` ({expected[0]}, H, {expected[1]}, {expected[2]}) for `shares` "
             f"{tuple(shares.shape)}, got {tuple(attention.shape)}"
         )
-    mean = attention.detach().to(shares.dtype).mean(1)
-    return (mean @ keys + shares) / 2
+    with no_autocast(shares):
+        return (attention.detach().to(shares.dtype).mean(1) @ keys + shares) / 2
 
 
 def attend_with_shares(
@@ -92,28 +90,18 @@ def attend_with_shares(
     centre = shares.mean(1, keepdim=True)
     riders = (shares - centre).to(value.dtype)
     riders = riders[:, None].expand(-1, value.shape[1], -1, -1)
-    full = -(-(max(width, query.shape[-1]) + extra) // _WIDTH_STEP) * _WIDTH_STEP
     options: dict[str, Any] = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale}
-    if dropout_p > 0.0 or full > _MAX_FUSED_WIDTH:
+    if dropout_p > 0.0 or padded_width(max(width, query.shape[-1]) + extra) > MAX_WIDTH:
         output = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, **options)
         with torch.no_grad():
-            attended = _attend(query.detach(), key.detach(), riders, 0, options)
+            _, attended = attend(query, key, riders[..., :0], riders, **options)
     else:
-        both = _attend(query, key, torch.cat((value, riders), -1), full, options)
-        output = both[..., :width]
-        attended = both[..., width : width + extra].detach()
-    return output, attended[..., :extra].float().mean(1) + centre
-
-
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, width: int, options: dict[str, Any]
-) -> Tensor:
-    """Attention with all three padded to one width, as fused kernels want it."""
-    width = width or -(-max(value.shape[-1], query.shape[-1]) // _WIDTH_STEP) * _WIDTH_STEP
-    query, key, value = (F.pad(t, (0, width - t.shape[-1])) for t in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, **options)
+        output, attended = attend(query, key, value, riders, **options)
+    # Rounding may leave a share just below 0 or a row that is not quite 1.
+    attended = (attended.to(shares.dtype).mean(1) + centre).clamp_min(0)
+    return output, attended / attended.sum(-1, keepdim=True)
 
 
 def pooled_shares(shares: Tensor, weights: Tensor) -> Tensor:
     """Shares ``(B, N, K)`` under pooling weights ``(B, N)``: ``(B, K)``."""
-    return torch.einsum("bnk,bn->bk", shares, weights.to(shares.dtype))
+    return (shares * weights.to(shares.dtype)[..., None]).sum(1)

@@ -76,4 +76,4 @@ class Mixture(NamedTuple):
         Returns:
             ``(B, C)``.
         """
-        return torch.einsum("bk,bkc->bc", weights.to(targets.dtype), targets[self.sources])
+        return (weights.to(targets.dtype)[..., None] * targets[self.sources]).sum(1)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vitmix.errors import InputError
 from vitmix.functional.mixture import Mixture
+from vitmix.functional.precision import no_autocast
 
 __all__ = ["PixelPlan", "Size"]
 
@@ -98,7 +99,8 @@ class PixelPlan:
         """``(B or 1, h, w)``: share of the own image in each cell of another raster, by area."""
         rows = _overlap(self.own.shape[1], grid[0]).to(self.own)
         columns = _overlap(self.own.shape[2], grid[1]).to(self.own)
-        return rows @ self.own @ columns.T
+        with no_autocast(self.own):
+            return rows @ self.own @ columns.T
 
 
 def _cells(pixels: int, cells: int, device: torch.device) -> Tensor:

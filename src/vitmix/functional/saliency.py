@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vitmix.errors import InputError
+from vitmix.functional.precision import no_autocast, wide
 
 __all__ = ["attention_rollout", "attention_saliency", "query_key_attention", "query_key_saliency"]
 
@@ -49,7 +50,7 @@ def attention_saliency(
             f"expected `num_prefix_tokens` from 0 to {attention.shape[-1] - 1}, "
             f"got {num_prefix_tokens}"
         )
-    attention = _wide(attention)
+    attention = wide(attention)
     if num_prefix_tokens and class_token:
         return attention[:, :, 0, num_prefix_tokens:].mean(1)
     return attention[:, :, num_prefix_tokens:, num_prefix_tokens:].mean((1, 2))
@@ -73,9 +74,10 @@ def attention_rollout(attentions: Sequence[Tensor] | Tensor) -> Tensor:
     """
     if len(attentions) == 0:
         raise InputError("expected `attentions` of at least one layer, got none")
-    product = _wide(attentions[0]).mean(1)
-    for attention in attentions[1:]:
-        product = product @ _wide(attention).mean(1)
+    with no_autocast(attentions[0]):
+        product = wide(attentions[0]).mean(1)
+        for attention in attentions[1:]:
+            product = product @ wide(attention).mean(1)
     return product
 
 
@@ -91,8 +93,8 @@ def query_key_attention(
         attn_mask: bool (True = attend) or additive, broadcastable to ``(B, H, N, M)``.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    with torch.autocast(query.device.type, enabled=False):
-        scores = (_wide(query) * scale) @ _wide(key).transpose(-2, -1)
+    with no_autocast(query):
+        scores = (wide(query) * scale) @ wide(key).transpose(-2, -1)
         if attn_mask is not None:
             if attn_mask.dtype == torch.bool:
                 scores = scores.masked_fill(~attn_mask, float("-inf"))
@@ -141,7 +143,3 @@ def query_key_saliency(
         parts.append(attention.mean((1, 2))[:, num_prefix_tokens:tokens])
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-
-def _wide(tensor: Tensor) -> Tensor:
-    """Float32 at least: rho is near the resolution of bfloat16."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
