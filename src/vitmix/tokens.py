@@ -92,7 +92,7 @@ class TokenOutcome:
         if isinstance(self.plan, HorizontalPlan):
             return mix_tokens(tokens, self.plan, num_prefix_tokens=num_prefix_tokens)
         weight = self.plan.own_weight.to(tokens.dtype)[:, None, None]
-        return torch.lerp(tokens[self.plan.partner], tokens, weight)
+        return torch.lerp(tokens.index_select(0, self.plan.partner), tokens, weight)
 
     def mix_targets(self, targets: Tensor) -> Tensor:
         """Mix targets ``(B, C)`` (TokenMixup, Eq. 11)."""

@@ -129,8 +129,15 @@ def mix_tokens(tokens: Tensor, plan: HorizontalPlan, *, num_prefix_tokens: int =
             f"expected `tokens` of shape ({expected[0]}, {expected[1]}, D) for this plan and "
             f"{num_prefix_tokens} prefix tokens, got {tuple(tokens.shape)}"
         )
+    batch, count, width = tokens.shape
     replace = torch.nn.functional.pad(plan.replace, (num_prefix_tokens, 0))
-    return torch.where(replace[..., None], tokens[plan.partner], tokens)
+    own = torch.arange(batch, device=tokens.device)[:, None]
+    sample = torch.where(replace, plan.partner[:, None], own)
+    rows = sample * count + torch.arange(count, device=tokens.device)
+    # One gather of whole rows: several times faster, back and forth, than a gather of samples
+    # followed by a choice between two tensors.
+    flat = tokens.reshape(batch * count, width).index_select(0, rows.flatten())
+    return flat.view(batch, count, width)
 
 
 def mix_targets(targets: Tensor, partner: Tensor, own_weight: Tensor) -> Tensor:

@@ -1,0 +1,40 @@
+# make demo    install, compare five methods on the embedded data set, write demo/report.html
+# make test    install, run the tests
+# make check   install, lint and check types
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Test processes; each uses one thread.
+JOBS ?= 2
+
+.PHONY: demo test check format clean
+
+demo: $(VENV)/.train
+	$(BIN)/vitmix demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/.train: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[train]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/.train
+
+clean:
+	rm -rf $(VENV) demo
