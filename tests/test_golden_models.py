@@ -1,8 +1,8 @@
 """Whole models with horizontal and vertical mixing against runs of the released code.
 
-The runs named ``repaired`` have the released code's known defects corrected (first-row mask, position
-off by one, row order); ``repaired_post`` also selects vertical tokens by the attention of the mixed
-tokens, which is what vitmix does.
+The runs named ``repaired`` have the released code's known defects corrected (first-row mask,
+position off by one, row order); ``repaired_post`` also selects vertical tokens by the attention of
+the mixed tokens, which is what vitmix does.
 """
 
 from __future__ import annotations

@@ -37,8 +37,10 @@ def saliency_gain(saliency: Tensor, candidates: Tensor, rho: float) -> Tensor:
             f"got {tuple(saliency.shape)} and {tuple(candidates.shape)}"
         )
     dtype = torch.float64 if torch.float64 in (saliency.dtype, candidates.dtype) else torch.float32
-    threshold = saliency.to(dtype) + rho
     candidates = candidates.to(dtype)
+    # No candidate is above the greatest: a lower threshold gives the same gain, and keeps the two
+    # sums, of which only a difference is left, as small as saliency is.
+    threshold = torch.minimum(saliency.to(dtype) + rho, candidates.amax(0))
     total = candidates.sum(1) - threshold.sum(1, keepdim=True)
     return ((torch.cdist(threshold, candidates, p=1.0) + total) / 2).clamp_min(0.0)
 
