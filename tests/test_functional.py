@@ -187,7 +187,6 @@ def test_gain_is_zero_for_oneself_falls_with_rho_and_balances(seed, batch, token
     close(free - free.T, wide(total[None, :] - total[:, None]), atol=1e-12)
 
 
-@pytest.mark.xfail(strict=True, reason="float32 sums of N * rho cancel: 4e-5 off")
 def test_gain_keeps_its_precision_over_many_tokens():
     saliency = softmax(0, 32, 1024, sharpness=3.0)
     gain = vf.saliency_gain(saliency, saliency, 0.05)
@@ -231,7 +230,7 @@ def batches(draw, least_tokens=1):
     seed, batch = draw(seeds), draw(st.integers(1, 5))
     tokens = draw(st.integers(least_tokens, 12))
     saliency = uniform(seed, batch, tokens)
-    rho = draw(rhos)
+    rho = draw(rhos | st.just(-0.02))
     if draw(st.booleans()):
         saliency, rho = (saliency * 8).floor() / 64, draw(st.sampled_from([0.0, 1 / 64, 2 / 64]))
     easy = torch.tensor(draw(st.lists(st.booleans(), min_size=batch, max_size=batch)))
@@ -265,7 +264,6 @@ def test_plan_is_eq_8_9_11(case):
     check_plan(plan, saliency, easy, rho)
 
 
-@pytest.mark.xfail(strict=True, reason="the plan is computed in bfloat16")
 @few
 @given(batches())
 def test_plan_of_bf16_saliency_is_that_of_its_values(case):
@@ -641,7 +639,6 @@ def test_activation_weight_refuses_shapes_that_do_not_fit():
         vf.activation_weight(uniform(0, 2, 3, 3), uniform(0, 2, 3, 3), torch.ones(3, 4))
 
 
-@pytest.mark.xfail(strict=True, reason="stated in the docstring, not checked")
 def test_activation_weight_refuses_negative_activation():
     maps = torch.tensor([[[1.0, -0.5]]])
     with pytest.raises(InputError, match="negative"):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vitmix.errors import InputError
 from vitmix.functional.matching import optimal_assignment, saliency_gain
+from vitmix.functional.precision import wide
 
 __all__ = ["HorizontalPlan", "apply_horizontal", "horizontal_plan", "mix_targets", "mix_tokens"]
 
@@ -67,7 +68,7 @@ def horizontal_plan(
             "expected `saliency` (B, N) and `easy` (B,), "
             f"got {tuple(saliency.shape)} and {tuple(easy.shape)}"
         )
-    easy = easy.bool()
+    saliency, easy = wide(saliency), easy.bool()
     rows = torch.arange(len(saliency), device=saliency.device)
     if candidates is None:
         partner = rows.clone()

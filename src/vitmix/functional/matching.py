@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vitmix.errors import InputError
+from vitmix.functional.precision import wide
 
 __all__ = ["optimal_assignment", "saliency_gain"]
 
@@ -36,13 +37,15 @@ def saliency_gain(saliency: Tensor, candidates: Tensor, rho: float) -> Tensor:
             "expected `saliency` (B', N) and `candidates` (B, N) over the same tokens, "
             f"got {tuple(saliency.shape)} and {tuple(candidates.shape)}"
         )
-    dtype = torch.float64 if torch.float64 in (saliency.dtype, candidates.dtype) else torch.float32
-    candidates = candidates.to(dtype)
-    # No candidate is above the greatest: a lower threshold gives the same gain, and keeps the two
-    # sums, of which only a difference is left, as small as saliency is.
-    threshold = torch.minimum(saliency.to(dtype) + rho, candidates.amax(0))
+    result = torch.promote_types(wide(saliency).dtype, wide(candidates).dtype)
+    # Of two long sums only a small difference is left: in float64, which is no slower here.
+    exact = torch.float32 if saliency.device.type == "mps" else torch.float64
+    candidates = candidates.to(exact)
+    # No candidate is above the greatest: a lower threshold gives the same gain from smaller sums.
+    threshold = torch.minimum(saliency.to(exact) + rho, candidates.amax(0))
     total = candidates.sum(1) - threshold.sum(1, keepdim=True)
-    return ((torch.cdist(threshold, candidates, p=1.0) + total) / 2).clamp_min(0.0)
+    gain = (torch.cdist(threshold, candidates, p=1.0) + total) / 2
+    return gain.clamp_min(0.0).to(result)
 
 
 def optimal_assignment(gain: Tensor) -> Tensor:

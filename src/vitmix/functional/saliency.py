@@ -142,4 +142,3 @@ def query_key_saliency(
         attention = query_key_attention(query[part], key[part], scale=scale, attn_mask=mask)
         parts.append(attention.mean((1, 2))[:, num_prefix_tokens:tokens])
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,6 +52,11 @@ def activation_weight(
         raise InputError(
             f"expected `mask` of shape {tuple(own_map.shape[1:])} or {tuple(own_map.shape)}, "
             f"got {tuple(mask.shape)}"
+        )
+    for maps in (own_map, partner_map):
+        _require(
+            (maps >= 0).all(),
+            lambda: "expected activation maps of at least 0, got a negative one; cut it off first",
         )
     seen = mask.to(own_map.dtype)
     own = own_map / (own_map.sum((1, 2), keepdim=True) + eps)
@@ -142,9 +149,9 @@ def soft_cross_entropy_per_sample(logits: Tensor, targets: Tensor) -> Tensor:
     return -(targets.to(dtype) * logits.to(dtype).log_softmax(-1)).sum(-1)
 
 
-def _require(condition: Tensor, message: object) -> None:
+def _require(condition: Tensor, message: Callable[[], str]) -> None:
     """Raise on the CPU; assert without synchronising elsewhere."""
     if condition.device.type != "cpu":
-        torch._assert_async(condition, "vitmix: targets are not valid labels")
+        torch._assert_async(condition, "vitmix: labels or maps out of range")
     elif not bool(condition):
-        raise InputError(message())  # type: ignore[operator]
+        raise InputError(message())
