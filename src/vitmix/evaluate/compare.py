@@ -27,7 +27,7 @@ from vitmix.train.data import ImageData, load_data
 from vitmix.train.folder import claim_folder, write_json, write_yaml
 from vitmix.train.methods import build_mixing, in_words, parse_method
 from vitmix.train.provenance import commit, versions
-from vitmix.train.run import check_config, default_name, train_run
+from vitmix.train.run import check_config, default_name, train_run, try_step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -142,9 +142,10 @@ def _try_method(config: TrainConfig, data: ImageData) -> None:
     """Build the model and the method once, so that a mistake shows before the first run."""
     model = make_model(config, len(data.classes), data.img_size)
     teacher = model if parse_method(config.method).needs_teacher else None
-    build_mixing(
+    mixing = build_mixing(
         model, config, num_classes=len(data.classes), img_size=data.img_size, teacher=teacher
     )
+    try_step(mixing, data)
 
 
 def _document(

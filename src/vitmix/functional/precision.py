@@ -1,4 +1,4 @@
-"""Saliency, gains and labels stay in float32, also where a training step runs in lower precision."""
+"""Saliency, gains and labels stay in float32, also where a step runs in lower precision."""
 
 from __future__ import annotations
 

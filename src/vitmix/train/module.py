@@ -82,7 +82,7 @@ class MixingTask(pl.LightningModule):
         loss: Tensor = out.loss()
         if not bool(torch.isfinite(loss)):
             raise NonFiniteLossError(
-                f"the loss became {float(loss)} in step {self.global_step} "
+                f"the loss became {float(loss.detach())} in step {self.global_step + 1} "
                 f"(epoch {self.current_epoch + 1})"
             )
         self._record({"train/loss": loss.detach(), **out.stats})

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
     from torch import nn
 
+    from vitmix import MixingModel
     from vitmix.train.config import TrainConfig
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "default_name",
     "pick_device",
     "train_run",
+    "try_step",
 ]
 
 
@@ -88,9 +90,10 @@ def train_run(
     model = make_model(config, classes, data.img_size)
     teacher = _make_teacher(config, data) if spec.needs_teacher else None
     mixing = build_mixing(
-        model, config, num_classes=classes, img_size=data.img_size, teacher=teacher,
-        generator=torch.Generator().manual_seed(config.seed + 1),
-    )  # fmt: skip
+        model, config, num_classes=classes, img_size=data.img_size, teacher=teacher
+    )
+    try_step(mixing, data)
+    mixing.generator = torch.Generator().manual_seed(config.seed + 1)
     default = default_name(data.name, config.model, Path(config.method).stem, f"seed{config.seed}")
     folder = claim_folder(config.out, config.name, default, config.overwrite)
     write_yaml(folder / "config.yaml", config.to_dict())
@@ -160,6 +163,13 @@ def check_config(config: TrainConfig) -> None:
         raise InputError("expected a GPU for --precision fp16, got the CPU; use bf16 or fp32")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+
+
+def try_step(mixing: MixingModel, data: ImageData) -> None:
+    """One forward pass on blank images, so that what does not fit shows before anything is made."""
+    mixing.train()
+    side = data.img_size
+    mixing(torch.zeros(2, 3, side, side), torch.tensor([0, 1]))
 
 
 def default_name(*parts: str) -> str:
