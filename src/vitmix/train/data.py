@@ -197,9 +197,20 @@ def _by(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def corrupt(place: str) -> InputError:
+class CorruptImageError(InputError):
+    """An image cannot be decoded.
+
+    An error of a loading process arrives with its traceback as message, and is made anew from it:
+    only the last line is kept.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.strip().splitlines()[-1].rpartition("CorruptImageError: ")[2])
+
+
+def corrupt(place: str) -> CorruptImageError:
     """The error for an image that cannot be decoded."""
-    return InputError(
+    return CorruptImageError(
         f"expected an image, cannot decode {place}; "
         "replace it, or pass --skip-corrupt to leave such images out"
     )

@@ -1,0 +1,405 @@
+"""Reading, splitting, checking, augmenting and loading images."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from vitmix.errors import InputError
+from vitmix.train.augment import BatchAugment, normalise, random_crop, random_erase, random_flip
+from vitmix.train.config import TrainConfig
+from vitmix.train.data import load_data
+from vitmix.train.loading import make_augment, make_loader
+from vitmix.train.policies import OPERATIONS, Policy, make_policy
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def picture(value: int, size: tuple[int, int] = (8, 8)) -> Image.Image:
+    return Image.new("RGB", size, (value, 255 - value, value // 2))
+
+
+def class_folders(root: Path, counts: dict[str, int], size: tuple[int, int] = (8, 8)) -> Path:
+    for label, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            picture(40 * label + index, size).save(root / name / f"{index}.png")
+    return root
+
+
+def parquet(path: Path, labels: list[object], names: list[str] | None, **more: list[int]) -> None:
+    images = []
+    for row in range(len(labels)):
+        buffer = io.BytesIO()
+        picture(row * 10).save(buffer, format="PNG")
+        images.append({"bytes": buffer.getvalue(), "path": f"{row}.png"})
+    table = pa.table({"img": images, "label": labels, **more})
+    features: dict[str, object] = {"img": {"_type": "Image"}}
+    if names is not None:
+        features["label"] = {"_type": "ClassLabel", "names": names}
+        features |= {key: {"_type": "ClassLabel", "names": ["x", "y"]} for key in more}
+    metadata = json.dumps({"info": {"features": features}})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table.replace_schema_metadata({"huggingface": metadata}), path)
+
+
+# --- reading
+
+
+def test_digits_match_scikit_learn_and_split_by_class() -> None:
+    from sklearn.datasets import load_digits
+
+    data = load_data(TrainConfig())
+    assert (len(data.train), len(data.test)) == (1438, 359)
+    assert data.classes == tuple("0123456789")
+    assert data.train.images is not None
+    assert data.train.images.shape == (1438, 3, 32, 32)
+    assert not data.mirror
+    truth = np.bincount(load_digits().target)
+    mine = torch.bincount(torch.cat([data.train.labels, data.test.labels])).numpy()
+    np.testing.assert_array_equal(mine, truth)
+    held_out = torch.bincount(data.test.labels).numpy()
+    np.testing.assert_array_equal(held_out, np.round(truth * 0.2))
+
+
+def test_digits_split_is_the_same_for_every_seed_and_does_not_overlap() -> None:
+    first, second = load_data(TrainConfig(seed=0)), load_data(TrainConfig(seed=5))
+    assert first.test.images is not None
+    assert second.test.images is not None
+    assert torch.equal(first.test.images, second.test.images)
+    assert first.train.images is not None
+    train = {image.numpy().tobytes() for image in first.train.images}
+    test = {image.numpy().tobytes() for image in first.test.images}
+    assert len(train & test) == 0
+
+
+def test_limit_keeps_the_classes_balanced() -> None:
+    data = load_data(TrainConfig(train_limit=50))
+    assert torch.bincount(data.train.labels).tolist() == [5] * 10
+
+
+def test_statistics_are_those_of_the_training_images() -> None:
+    data = load_data(TrainConfig(train_limit=100))
+    assert data.train.images is not None
+    pixels = data.train.images.double() / 255
+    np.testing.assert_allclose(data.mean, pixels.mean((0, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(data.std, pixels.std((0, 2, 3)), rtol=1e-3)
+
+
+def test_folder_without_a_test_folder_is_split(tmp_path: Path) -> None:
+    class_folders(tmp_path / "pets", {"cat": 10, "dog": 5})
+    data = load_data(TrainConfig(data=str(tmp_path / "pets")))
+    assert data.classes == ("cat", "dog")
+    assert torch.bincount(data.train.labels).tolist() == [8, 4]
+    assert torch.bincount(data.test.labels).tolist() == [2, 1]
+    assert data.mirror
+
+
+@pytest.mark.parametrize("name", ["test", "val", "validation"])
+def test_folder_with_its_own_split(tmp_path: Path, name: str) -> None:
+    class_folders(tmp_path / "train", {"cat": 3, "dog": 3})
+    class_folders(tmp_path / name, {"dog": 2})
+    data = load_data(TrainConfig(data=str(tmp_path)))
+    assert len(data.train) == 6
+    assert data.test.labels.tolist() == [1, 1]  # numbered as in training
+
+
+def test_images_arrive_with_their_own_labels(tmp_path: Path) -> None:
+    class_folders(tmp_path, {"a": 4, "b": 4})
+    data = load_data(TrainConfig(data=str(tmp_path)))
+    for split in (data.train, data.test):
+        assert split.images is not None
+        for image, label in zip(split.images, split.labels, strict=True):
+            assert (image[0, 0, 0] >= 40).item() == bool(label)
+
+
+def test_parquet_reads_names_bytes_and_row_order(tmp_path: Path) -> None:
+    parquet(tmp_path / "train-0.parquet", [1, 0, 1, 0], ["ant", "bee"])
+    parquet(tmp_path / "test-0.parquet", [0, 1], ["ant", "bee"])
+    data = load_data(TrainConfig(data=str(tmp_path)))
+    assert data.classes == ("ant", "bee")
+    assert data.train.labels.tolist() == [1, 0, 1, 0]
+    assert data.train.images is not None
+    assert data.train.images[:, 0, 0, 0].tolist() == [0, 10, 20, 30]
+    assert len(data.test) == 2
+
+
+def test_parquet_label_column_by_choice(tmp_path: Path) -> None:
+    parquet(tmp_path / "train.parquet", [0, 1, 2, 0], ["a", "b", "c"], coarse=[1, 1, 0, 0])
+    parquet(tmp_path / "test.parquet", [0, 1], ["a", "b", "c"], coarse=[1, 0])
+    default = load_data(TrainConfig(data=str(tmp_path)))
+    coarse = load_data(TrainConfig(data=str(tmp_path), label_column="coarse"))
+    assert default.classes == ("a", "b", "c")
+    assert coarse.classes == ("x", "y")
+    assert coarse.train.labels.tolist() == [1, 1, 0, 0]
+
+
+def test_parquet_without_metadata_takes_values_as_names(tmp_path: Path) -> None:
+    parquet(tmp_path / "train.parquet", ["dog", "cat", "dog", "cat"], None)
+    parquet(tmp_path / "val.parquet", ["cat", "dog"], None)
+    data = load_data(TrainConfig(data=str(tmp_path)))
+    assert data.classes == ("cat", "dog")
+    assert data.train.labels.tolist() == [1, 0, 1, 0]
+    assert data.test.labels.tolist() == [0, 1]
+
+
+def test_resizing_brings_all_images_to_one_size(tmp_path: Path) -> None:
+    class_folders(tmp_path / "train", {"a": 2, "b": 2}, size=(12, 20))
+    class_folders(tmp_path / "test", {"a": 1, "b": 1}, size=(9, 7))
+    data = load_data(TrainConfig(data=str(tmp_path), img_size=8))
+    assert data.train.images is not None
+    assert data.train.images.shape == (4, 3, 8, 8)
+    assert data.test.images is not None
+    assert data.test.images.shape == (2, 3, 8, 8)
+
+
+# --- bad data
+
+
+def corrupt_folder(root: Path, size: tuple[int, int] = (8, 8)) -> Path:
+    class_folders(root, {"a": 6, "b": 6}, size)
+    broken = root / "a" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    return broken
+
+
+def empty_file(root: Path) -> Path:
+    class_folders(root, {"a": 6, "b": 6})
+    (root / "b" / "0.png").write_bytes(b"")
+    return root / "b" / "0.png"
+
+
+@pytest.mark.parametrize("make", [corrupt_folder, empty_file])
+def test_corrupt_image_is_named_or_skipped(tmp_path: Path, make) -> None:  # type: ignore[no-untyped-def]
+    broken = make(tmp_path)
+    with pytest.raises(InputError, match=f"cannot decode {broken}.*--skip-corrupt"):
+        load_data(TrainConfig(data=str(tmp_path)))
+    data = load_data(TrainConfig(data=str(tmp_path), skip_corrupt=True))
+    assert data.skipped == 1
+    assert len(data.train) + len(data.test) == 11
+
+
+def one_class(root: Path) -> None:
+    class_folders(root, {"only": 4})
+
+
+def nothing(root: Path) -> None:
+    (root / "notes.txt").write_text("no images")
+
+
+def loose(root: Path) -> None:
+    picture(3).save(root / "one.png")
+
+
+def two_sizes(root: Path) -> None:
+    class_folders(root / "train", {"a": 2, "b": 2})
+    class_folders(root / "test", {"a": 2, "b": 2}, size=(10, 10))
+
+
+def not_square(root: Path) -> None:
+    class_folders(root, {"a": 4, "b": 4}, size=(8, 6))
+
+
+def unknown_test_class(root: Path) -> None:
+    class_folders(root / "train", {"a": 2, "b": 2})
+    class_folders(root / "test", {"c": 2})
+
+
+def labels_too_large(root: Path) -> None:
+    parquet(root / "train.parquet", [0, 1, 7], ["a", "b"])
+
+
+def labels_missing(root: Path) -> None:
+    parquet(root / "train.parquet", [0, 1, None], ["a", "b"])
+
+
+def no_image_column(root: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"], "label": [0]}), root / "train.parquet")
+
+
+def not_parquet(root: Path) -> None:
+    (root / "train.parquet").write_bytes(b"hello")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (one_class, "at least two classes .* got 1 \\(only\\)"),
+        (nothing, "found no images"),
+        (loose, "found 1 images without a class folder"),
+        (two_sizes, "one size .* 8x8 and 10x10 .*pass --img-size 8"),
+        (not_square, "square images .* pass --img-size 6"),
+        (unknown_test_class, "got another one: 'c'"),
+        (labels_too_large, "labels from 0 to 1 .* got 7 in row 2"),
+        (labels_missing, "labels from 0 to 1 .* got None in row 2"),
+        (no_image_column, "image column .* got columns text, label"),
+        (not_parquet, "expected Parquet in .*train.parquet"),
+    ],
+)
+def test_bad_folders_say_what_is_wrong(tmp_path: Path, make, message: str) -> None:  # type: ignore[no-untyped-def]
+    make(tmp_path)
+    with pytest.raises(InputError, match=message):
+        load_data(TrainConfig(data=str(tmp_path)))
+
+
+def test_torchvision_set_that_is_not_there(tmp_path: Path) -> None:
+    for name in ("cifar10", "torchvision:CIFAR10"):
+        with pytest.raises(InputError, match="expected CIFAR10 under .*--download"):
+            load_data(TrainConfig(data=name, data_root=str(tmp_path)))
+
+
+# --- augmentation
+
+
+def test_crop_is_a_window_of_the_padded_image() -> None:
+    images = torch.randint(1, 255, (6, 3, 5, 7), dtype=torch.uint8)
+    cropped = random_crop(images, 2, rng())
+    for image, crop in zip(images, cropped, strict=True):
+        padded = torch.nn.functional.pad(image, (2, 2, 2, 2))
+        windows = [padded[:, y : y + 5, x : x + 7] for y in range(5) for x in range(5)]
+        assert any(torch.equal(crop, window) for window in windows)
+    assert random_crop(images, 0, rng()) is images
+
+
+def test_crop_reaches_every_place_and_differs_between_images() -> None:
+    image = torch.arange(1, 10, dtype=torch.uint8).view(1, 1, 3, 3).expand(2000, 1, 3, 3)
+    corners = random_crop(image, 1, rng())[:, 0, 1, 1]
+    counts = torch.bincount(corners.long(), minlength=10)[1:]
+    assert (counts > 2000 / 9 * 0.75).all()
+
+
+def test_flip_has_its_probability() -> None:
+    images = torch.arange(4, dtype=torch.uint8).view(1, 1, 1, 4).expand(4000, 1, 1, 4)
+    flipped = random_flip(images, 0.3, rng())[:, 0, 0, 0] == 3
+    assert abs(flipped.float().mean() - 0.3) < 0.03
+
+
+def test_erasing_has_its_probability_and_area() -> None:
+    images = torch.zeros(3000, 1, 16, 16)
+    erased = random_erase(images, 0.25, rng())[:, 0] != 0
+    hit = erased.flatten(1).any(1)
+    assert abs(hit.float().mean() - 0.25) < 0.03
+    area = erased[hit].float().mean((1, 2))
+    assert area.max() < 0.45
+    assert abs(area.mean() - (0.02 + 1 / 3) / 2) < 0.02
+
+
+def test_normalise_inverts() -> None:
+    images = torch.randint(0, 255, (2, 3, 4, 4), dtype=torch.uint8)
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    values = normalise(images, mean, std)
+    back = values * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
+    torch.testing.assert_close(back * 255, images.float())
+
+
+@pytest.mark.parametrize("name", list(OPERATIONS))
+def test_operations_keep_shape_and_dtype_and_treat_images_alone(name: str) -> None:
+    images = torch.randint(0, 255, (3, 3, 8, 8), dtype=torch.uint8, generator=rng())
+    together = OPERATIONS[name](images, 0.5)
+    assert together.shape == images.shape
+    assert together.dtype == torch.uint8
+    alone = torch.cat([OPERATIONS[name](image[None], 0.5) for image in images])
+    assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("policy", [Policy(), Policy(2, 9.0, 0.5)])
+def test_policy_draws_for_every_image(policy: Policy) -> None:
+    image = torch.randint(0, 255, (1, 3, 8, 8), dtype=torch.uint8, generator=rng())
+    out = policy(image.expand(64, -1, -1, -1), rng())
+    assert len({row.numpy().tobytes() for row in out}) > 16
+    assert torch.equal(out, policy(image.expand(64, -1, -1, -1), rng()))
+
+
+def test_policy_names() -> None:
+    assert make_policy("none") is None
+    assert make_policy("rand-m7-n3-mstd0.5-inc1") == Policy(3, 7.0, 0.5)
+    for wrong in ("rand-x", "rand-m11", "random", "rand-m9-n0"):
+        with pytest.raises(InputError, match="--aa"):
+            make_policy(wrong)
+
+
+def test_digits_are_not_mirrored_by_default() -> None:
+    config = TrainConfig(train_limit=20)
+    data = load_data(config)
+    assert make_augment(data, config, rng(), train=True).hflip == 0
+    config.hflip = 0.5
+    assert make_augment(data, config, rng(), train=True).hflip == 0.5
+
+
+def test_test_images_are_only_normalised() -> None:
+    config = TrainConfig(train_limit=20, reprob=1.0, aa="trivial")
+    data = load_data(config)
+    prepare = make_augment(data, config, rng(), train=False)
+    assert data.test.images is not None
+    assert torch.equal(
+        prepare(data.test.images[:5]), normalise(data.test.images[:5], data.mean, data.std)
+    )
+
+
+# --- loading
+
+
+def test_loader_shuffles_by_its_generator_and_covers_everything() -> None:
+    config = TrainConfig(train_limit=100, batch_size=32)
+    data = load_data(config)
+    batches = [y for _, y in make_loader(data, config, train=True, generator=rng(1))]
+    again = [y for _, y in make_loader(data, config, train=True, generator=rng(1))]
+    other = [y for _, y in make_loader(data, config, train=True, generator=rng(2))]
+    assert [len(y) for y in batches] == [32, 32, 32]  # whole batches only
+    assert torch.equal(torch.cat(batches), torch.cat(again))
+    assert not torch.equal(torch.cat(batches), torch.cat(other))
+    total = sum(len(y) for _, y in make_loader(data, config, train=False))
+    assert total == len(data.test)
+
+
+def test_large_images_are_decoded_when_needed(tmp_path: Path) -> None:
+    class_folders(tmp_path, {"a": 5, "b": 5}, size=(130, 110))
+    config = TrainConfig(
+        data=str(tmp_path), img_size=112, workers=0, batch_size=4, aa="rand-m9", reprob=0.5
+    )
+    data = load_data(config)
+    assert data.train.images is None
+    for train in (True, False):
+        images, labels = next(iter(make_loader(data, config, train=train, generator=rng())))
+        assert images.shape[1:] == (3, 112, 112)
+        assert images.dtype == torch.uint8
+        assert len(images) == len(labels)
+        assert make_augment(data, config, rng(), train=train)(images).dtype == torch.float32
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_corrupt_large_image_is_named_or_skipped(
+    tmp_path: Path, workers: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = corrupt_folder(tmp_path, (120, 120))
+    config = TrainConfig(data=str(tmp_path), img_size=112, workers=workers, test_share=0.1)
+    data = load_data(config)
+    with pytest.raises(InputError, match=f"^expected an image, cannot decode {broken}; [^\n]*$"):
+        for train in (True, False):
+            list(make_loader(data, config, train=train))
+    config.skip_corrupt = True
+    count = sum(
+        len(labels) for train in (True, False) for _, labels in make_loader(data, config, train=train)
+    )
+    assert count == 11
+    assert str(broken) in capfd.readouterr().err
+
+
+def test_batch_augment_is_reproducible() -> None:
+    images = torch.randint(0, 255, (4, 3, 8, 8), dtype=torch.uint8)
+
+    def run(seed: int) -> torch.Tensor:
+        return BatchAugment((0.5,) * 3, (0.2,) * 3, rng(seed), 2, 0.5, Policy(), 0.5)(images)
+
+    assert torch.equal(run(3), run(3))
+    assert not torch.equal(run(3), run(4))
