@@ -182,7 +182,7 @@ def empty_file(root: Path) -> Path:
 @pytest.mark.parametrize("make", [corrupt_folder, empty_file])
 def test_corrupt_image_is_named_or_skipped(tmp_path: Path, make) -> None:  # type: ignore[no-untyped-def]
     broken = make(tmp_path)
-    with pytest.raises(InputError, match=f"cannot decode {broken}.*--skip-corrupt"):
+    with pytest.raises(InputError, match=rf"cannot decode {broken}.*--skip-corrupt"):
         load_data(TrainConfig(data=str(tmp_path)))
     data = load_data(TrainConfig(data=str(tmp_path), skip_corrupt=True))
     assert data.skipped == 1
@@ -254,7 +254,7 @@ def test_bad_folders_say_what_is_wrong(tmp_path: Path, make, message: str) -> No
 
 def test_torchvision_set_that_is_not_there(tmp_path: Path) -> None:
     for name in ("cifar10", "torchvision:CIFAR10"):
-        with pytest.raises(InputError, match="expected CIFAR10 under .*--download"):
+        with pytest.raises(InputError, match=r"expected CIFAR10 under .*--download"):
             load_data(TrainConfig(data=name, data_root=str(tmp_path)))
 
 
@@ -384,14 +384,15 @@ def test_corrupt_large_image_is_named_or_skipped(
     broken = corrupt_folder(tmp_path, (120, 120))
     config = TrainConfig(data=str(tmp_path), img_size=112, workers=workers, test_share=0.1)
     data = load_data(config)
-    with pytest.raises(InputError, match=f"^expected an image, cannot decode {broken}; [^\n]*$"):
-        for train in (True, False):
-            list(make_loader(data, config, train=train))
+
+    def read_all() -> int:
+        loaders = [make_loader(data, config, train=train) for train in (True, False)]
+        return sum(len(labels) for loader in loaders for _, labels in loader)
+
+    with pytest.raises(InputError, match=rf"^expected an image, cannot decode {broken}; [^\n]*$"):
+        read_all()
     config.skip_corrupt = True
-    count = sum(
-        len(labels) for train in (True, False) for _, labels in make_loader(data, config, train=train)
-    )
-    assert count == 11
+    assert read_all() == 11
     assert str(broken) in capfd.readouterr().err
 
 

@@ -116,13 +116,17 @@ def _configure_train(parser: Parser) -> None:
 
 def _train(options: Any) -> None:
     from vitmix.train.config import TrainConfig
+    from vitmix.train.methods import parse_method
+
+    config = TrainConfig.from_dict(options)
+    config.validate()
+    parse_method(config.method)  # what can be refused at once is refused before the slow imports
+    from vitmix.plots.run_figures import save_run_figures
     from vitmix.train.run import train_run
 
-    run = train_run(TrainConfig.from_dict(options))
-    results = run.results
-    from vitmix.plots.run_figures import save_run_figures
-
+    run = train_run(config)
     save_run_figures(run)
+    results = run.results
     print(
         f"top-1 {results['top1']:.2f}%  top-5 {results['top5']:.2f}%  "
         f"loss {results['loss']:.4f}  ({results['seconds']:.0f} s)\n"

@@ -150,9 +150,9 @@ def examples_figure(examples: list[Example], theme: Theme, title: str = "") -> F
         heads = ("original", "partner", "mask", "mixed", "target")
         for axis, (picture, frame) in zip(axes, panels, strict=False):
             if picture.ndim == 2:
-                axis.imshow(picture, cmap=ListedColormap(_ramp()), vmin=0, vmax=1)
+                axis.imshow(picture.numpy(), cmap=ListedColormap(_ramp()), vmin=0, vmax=1)
             else:
-                axis.imshow(picture)
+                axis.imshow(picture.numpy())
             axis.set_xticks([])
             axis.set_yticks([])
             axis.grid(False)

@@ -178,5 +178,8 @@ def suggest(name: str, known: Iterable[str]) -> str:
     >>> suggest("cutmx", ["mixup", "cutmix"])
     "; did you mean 'cutmix'?"
     """
-    near = difflib.get_close_matches(name.lower(), list(known), n=2, cutoff=0.7)
+    name, known = name.lower(), list(known)
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.65)
+    likeness = [difflib.SequenceMatcher(None, word, name).ratio() for word in near]
+    near = [word for word, like in zip(near, likeness, strict=True) if like > likeness[0] - 0.1]
     return f"; did you mean {' or '.join(repr(word) for word in near)}?" if near else ""

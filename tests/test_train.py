@@ -1,0 +1,443 @@
+"""Methods by name, the training task, checkpoints, evaluation and comparison."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import vitmix
+from vitmix.errors import InputError
+from vitmix.evaluate.checkpoint import evaluate_checkpoint
+from vitmix.evaluate.compare import compare, parse_seeds
+from vitmix.evaluate.table import as_markdown, as_text, header, summarise, table_rows
+from vitmix.models import create_model
+from vitmix.plots.curves import read_metrics
+from vitmix.plots.run_figures import save_run_figures
+from vitmix.train import run as run_module
+from vitmix.train.callbacks import WeightAverage
+from vitmix.train.checkpoint import load_trained
+from vitmix.train.config import TrainConfig
+from vitmix.train.data import load_data
+from vitmix.train.folder import claim_folder
+from vitmix.train.methods import METHODS, build_mixing, parse_method
+from vitmix.train.module import NonFiniteLossError, learning_rate_factor, parameter_groups
+from vitmix.train.run import Interrupted, train_run
+
+
+def small(tmp_path: Path, **changes: Any) -> TrainConfig:
+    """Two steps an epoch on 16 x 16 digits, 16 tokens."""
+    settings: dict[str, Any] = {
+        "train_limit": 64, "img_size": 16, "batch_size": 32, "epochs": 1, "threads": 1,
+        "out": str(tmp_path / "runs"), "device": "cpu", "crop_padding": 1,
+    }  # fmt: skip
+    return TrainConfig(**(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def digits() -> Any:
+    return load_data(TrainConfig(train_limit=64, img_size=16))
+
+
+# --- methods
+
+
+def build(method: str, model: nn.Module | None = None, **options: Any) -> vitmix.MixingModel:
+    model = model or create_model("cct_2_3x2_32", num_classes=10, img_size=32)
+    config = TrainConfig(method=method, **options)
+    return build_mixing(model, config, num_classes=10, img_size=32, teacher=model)
+
+
+@pytest.mark.parametrize(
+    ("method", "mix", "labels", "tokens"),
+    [
+        ("none", None, "AreaLabels", []),
+        ("mixup", "Mixup", "AreaLabels", []),
+        ("cutmix", "CutMix", "AreaLabels", []),
+        ("mixup+cutmix", "OneOf", "AreaLabels", []),
+        ("tokenmix", "TokenMix", "TeacherLabels", []),
+        ("tokenmix-area", "TokenMix", "AreaLabels", []),
+        ("transmix", "CutMix", "AttentionLabels", []),
+        ("tl-align", "CutMix", "TokenAlignedLabels", []),
+        ("manifold-mixup", None, "AreaLabels", ["ManifoldMixup"]),
+        ("tokenmixup-h", None, "AreaLabels", ["HorizontalTokenMixup"]),
+        ("tokenmixup-v", None, "AreaLabels", ["VerticalTokenMixup"]),
+        ("tokenmixup", None, "AreaLabels", ["HorizontalTokenMixup", "VerticalTokenMixup"]),
+        ("cutmix+tokenmixup-h", "CutMix", "AreaLabels", ["HorizontalTokenMixup"]),
+        ("mixup+transmix+tokenmixup-v", "OneOf", "AttentionLabels", ["VerticalTokenMixup"]),
+    ],
+)
+def test_names_stand_for_stages(
+    method: str, mix: str | None, labels: str, tokens: list[str]
+) -> None:
+    mixing = build(method)
+    assert (type(mixing.mix).__name__ if mixing.mix else None) == mix
+    assert type(mixing.labels).__name__ == labels
+    assert [type(stage).__name__ for stage in mixing.tokens] == tokens
+
+
+def test_every_named_method_is_in_the_table_above() -> None:
+    assert len(METHODS) == 12
+
+
+def test_tl_align_uses_boxes_of_whole_tokens() -> None:
+    assert build("tl-align").mix.align  # type: ignore[union-attr]
+    assert not build("cutmix").mix.align  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "blocks", "rho", "kappa"),
+    [
+        # The released CIFAR-100 configurations.
+        ("cct_7_3x1_32", "tokenmixup-h", (2,), 0.005, None),
+        ("cct_7_3x1_32", "tokenmixup-v", (2,), None, 80),
+        ("cct_7_3x1_32", "tokenmixup", (3, 2), 0.005, 3),
+        # Shallow: what is left is block 1; a quarter of the tokens, four times the threshold.
+        ("cct_2_3x2_32", "tokenmixup", (1, 1), 0.02, 3),
+        ("cct_2_3x2_32", "tokenmixup-v", (1,), None, 20),
+    ],
+)
+def test_defaults_are_the_published_ones_scaled(
+    name: str, method: str, blocks: tuple[int, ...], rho: float | None, kappa: int | None
+) -> None:
+    mixing = build(method, create_model(name, num_classes=10, img_size=32))
+    stages: list[Any] = list(mixing.tokens)
+    assert tuple(stage.block for stage in stages) == blocks
+    if rho is not None:
+        assert stages[0].rho == pytest.approx(rho)
+        assert stages[0].tau == 2.0
+        assert (stages[0].scorenet_weight, stages[0].stop_gradient) == (0.001, False)
+    if kappa is not None:
+        assert stages[-1].kappa == kappa
+
+
+def test_class_token_models_get_the_published_imagenet_setting() -> None:
+    model = create_model("vit_tiny_patch16_224", num_classes=10, img_size=224)
+    mixing = build_mixing(model, TrainConfig(method="tokenmixup"), num_classes=10, img_size=224)
+    horizontal, vertical = mixing.tokens
+    assert (horizontal.block, horizontal.tau) == (3, 1.0)
+    assert horizontal.rho == pytest.approx(0.01)  # type: ignore[operator]
+    assert (horizontal.stop_gradient, horizontal.scorenet_weight) == (True, 1.0)
+    assert (vertical.block, vertical.kappa) == (4, 3)
+
+
+def test_options_override_defaults() -> None:
+    stages: list[Any] = list(
+        build("tokenmixup", tau=math.inf, rho=0.1, kappa=5, block=0, vertical_block=1).tokens
+    )
+    assert (stages[0].block, stages[0].tau, stages[0].rho) == (0, math.inf, 0.1)
+    assert (stages[1].block, stages[1].kappa) == (1, 5)
+    assert build("cutmix", alpha=0.3).mix.alpha == 0.3  # type: ignore[union-attr]
+
+
+def test_yaml_file_combines_stages(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "mix: {name: tokenmix, mask: random}\n"
+        "labels: aligned\n"
+        "tokens:\n  - {name: horizontal, args: {block: 0, tau: inf}}\n  - name: vertical\n"
+    )
+    mixing = build(str(path))
+    horizontal, vertical = mixing.tokens
+    assert mixing.mix.kind == "random"  # type: ignore[union-attr]
+    assert type(mixing.labels).__name__ == "TokenAlignedLabels"
+    assert (horizontal.block, horizontal.tau) == (0, math.inf)
+    assert (vertical.block, vertical.kappa) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mixx: cutmix", "got 'mixx'; did you mean 'mix'"),
+        ("mix: cutmx", "got 'cutmx'; did you mean 'cutmix'"),
+        ("labels: algined", "did you mean 'aligned'"),
+        ("labels: [area, aligned]", "one way to make labels"),
+        ("tokens: {name: horizontal, tua: 1}", "got 'tua'; did you mean 'tau'"),
+        ("tokens: [3]", "got None"),
+        ("- cutmix", "got 'nothing'|expected only the keys"),
+        ("mix: [", "expected YAML"),
+    ],
+)
+def test_bad_method_files(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        parse_method(str(path))
+
+
+# --- optimiser and schedule
+
+
+def test_schedule_warms_up_then_falls_to_its_floor() -> None:
+    factors = [learning_rate_factor(step, 100, 10, 0.01) for step in range(100)]
+    assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert max(factors) == 1.0
+    assert all(a >= b for a, b in itertools.pairwise(factors[10:]))
+    assert factors[-1] == pytest.approx(0.01, abs=1e-3)
+    assert factors[55] == pytest.approx(0.505)  # half way down
+
+
+def test_norms_and_biases_do_not_decay() -> None:
+    mixing = build("tokenmixup")
+    decayed, kept = parameter_groups(mixing, 0.1)
+    assert decayed["weight_decay"] == 0.1
+    assert kept["weight_decay"] == 0
+    assert {p.ndim for p in kept["params"]} == {1}
+    assert min(p.ndim for p in decayed["params"]) > 1
+    assert len(decayed["params"]) + len(kept["params"]) == len(list(mixing.parameters()))
+
+
+def test_average_follows_its_definition() -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixing = nn.Module()
+            self.mixing.model = nn.Linear(2, 2, bias=False)
+
+    holder: Any = Holder()
+    average = WeightAverage(0.5)
+    average.on_fit_start(None, holder)  # type: ignore[arg-type]
+    expected = holder.mixing.model.weight.detach().clone()
+    for step in range(12):
+        with torch.no_grad():
+            holder.mixing.model.weight.normal_(generator=torch.Generator().manual_seed(step))
+        average.on_train_batch_end(None, holder)  # type: ignore[arg-type]
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * holder.mixing.model.weight.detach()
+    torch.testing.assert_close(average.average["weight"], expected)
+    before = holder.mixing.model.weight.detach().clone()
+    average.on_validation_start(None, holder)  # type: ignore[arg-type]
+    torch.testing.assert_close(holder.mixing.model.weight.detach(), expected)
+    average.on_validation_end(None, holder)  # type: ignore[arg-type]
+    assert torch.equal(holder.mixing.model.weight.detach(), before)
+
+
+# --- runs
+
+
+@pytest.mark.parametrize("method", [*METHODS, "tl-align+tokenmixup"])
+def test_every_method_trains(tmp_path: Path, digits: Any, method: str) -> None:
+    result = train_run(small(tmp_path, method=method, teacher="auto"), data=digits)
+    assert math.isfinite(result.results["loss"])
+    assert json.loads((result.folder / "results.json").read_text()) == result.results
+    keys = read_metrics(result.folder).keys()
+    assert {"train/loss", "val/top1", "lr"} <= keys
+    if "tokenmixup" in method and method != "tokenmixup-v":
+        assert {"horizontal_1/mixed_samples", "horizontal_1/mixed_tokens"} <= keys
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_run_leaves_everything_and_evaluate_agrees(tmp_path: Path, digits: Any, ema: bool) -> None:
+    result = train_run(
+        small(tmp_path, method="tokenmixup", tau=math.inf, epochs=2, ema=ema, lr=3e-3), data=digits
+    )
+    results = result.results
+    for name in ("config.yaml", "results.json", "metrics.csv", "last.ckpt", "best.ckpt"):
+        assert (result.folder / name).is_file()
+    assert list((result.folder / "tensorboard").glob("events*"))
+    expected = {"top1", "top5", "loss", "seed", "device", "seconds", "versions", "commit", "config"}
+    assert expected <= results.keys()
+    assert results["best_top1"] >= results["top1"]
+    for name, figure in (("", "top1"), ("best.ckpt", "best_top1")):
+        scores = json.loads(evaluate_checkpoint(str(result.folder / name), json=True))
+        assert scores["top1"] == pytest.approx(results[figure], abs=1e-4)
+    line = evaluate_checkpoint(str(result.folder))
+    assert f"top-1 {results['top1']:.2f}%" in line
+    content = torch.load(result.folder / "last.ckpt", weights_only=True)
+    assert (content["vitmix"]["averaged"] is not None) == ema
+    paths = {path.name for path in save_run_figures(result)}
+    assert {"curves.png", "mixing.png"} <= paths
+
+
+def test_same_seed_same_weights(tmp_path: Path, digits: Any) -> None:
+    def weights(seed: int) -> torch.Tensor:
+        config = small(tmp_path, method="cutmix+tokenmixup", seed=seed, aa="rand-m5", reprob=0.3)
+        model = train_run(config, data=digits).task.mixing.model
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    first = weights(1)
+    assert torch.equal(first, weights(1))
+    assert not torch.equal(first, weights(2))
+
+
+def test_learning_happens(tmp_path: Path) -> None:
+    config = small(tmp_path, train_limit=320, epochs=12, lr=3e-3, img_size=16, crop_padding=0)
+    result = train_run(config)
+    assert result.results["top1"] > 50
+    with (result.folder / "metrics.csv").open() as file:
+        losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert losses[-1] < losses[0]
+
+
+def test_teacher_from_a_checkpoint_or_an_earlier_run(tmp_path: Path, digits: Any) -> None:
+    plain = train_run(small(tmp_path), data=digits)
+    config = small(tmp_path, method="tokenmix", teacher=str(plain.folder / "last.ckpt"))
+    given = train_run(config, data=digits)
+    reused = train_run(replace(config, teacher="auto"), data=digits, teacher_run=plain.folder)
+    for result in (given, reused):
+        assert not (result.folder / "teacher").exists()
+        teacher = result.task.mixing.labels.maps.teacher
+        for key, value in plain.task.mixing.model.state_dict().items():
+            assert torch.equal(teacher.state_dict()[key], value)
+        saved = torch.load(result.folder / "last.ckpt", weights_only=True)["state_dict"]
+        assert not [key for key in saved if "teacher" in key]
+    trained = train_run(replace(config, teacher="auto"), data=digits)
+    assert (trained.folder / "teacher" / "results.json").is_file()
+
+
+def test_bf16_and_channels_last(tmp_path: Path, digits: Any) -> None:
+    config = small(tmp_path, method="tokenmixup", precision="bf16", channels_last=True)
+    result = train_run(config, data=digits)
+    scores = json.loads(evaluate_checkpoint(str(result.folder), json=True))
+    assert scores["top1"] == pytest.approx(result.results["top1"], abs=0.6)  # two images of 359
+
+
+def test_broken_loss_stops_and_keeps_the_last_checkpoint(
+    tmp_path: Path, digits: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(tmp_path, epochs=5)
+    step = vitmix.MixingModel.forward
+    calls = []
+
+    def forward(self: vitmix.MixingModel, images: torch.Tensor, targets: Any = None) -> Any:
+        if targets is not None:
+            calls.append(1)
+            if len(calls) == 5:  # one dry run, two steps in epoch 1, the second step of epoch 2
+                images = images * math.nan
+        return step(self, images, targets)
+
+    monkeypatch.setattr(vitmix.MixingModel, "forward", forward)
+    with pytest.raises(NonFiniteLossError, match=r"nan in step 4 \(epoch 2\).*last.ckpt") as error:
+        train_run(config, data=digits)
+    path = re.search(r"checkpoint is (\S+);", str(error.value))
+    assert path is not None
+    model = load_trained(path[1]).model
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_interrupt_leaves_a_usable_checkpoint(
+    tmp_path: Path, digits: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import signal
+
+    handler = signal.getsignal(signal.SIGINT)
+    calls = []
+
+    def interrupted(self: Any, *args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module.ConsoleProgress, "on_train_batch_end", interrupted)
+    with pytest.raises(Interrupted, match=r"the checkpoint is .*last.ckpt"):
+        train_run(small(tmp_path, epochs=5, ema=True, name="stopped"), data=digits)
+    assert signal.getsignal(signal.SIGINT) is handler
+    folder = tmp_path / "runs" / "stopped"
+    assert not (folder / "results.json").exists()
+    assert "top-1" in evaluate_checkpoint(str(folder))
+
+
+# --- checkpoints
+
+
+def test_wrong_checkpoints_are_refused(tmp_path: Path, digits: Any) -> None:
+    run = train_run(small(tmp_path), data=digits).folder
+    with pytest.raises(InputError, match="there is no"):
+        load_trained(tmp_path / "nothing.ckpt")
+    with pytest.raises(InputError, match=r"there is no .*last.ckpt"):
+        load_trained(tmp_path)
+    (tmp_path / "text.ckpt").write_text("hello")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_trained(tmp_path / "text.ckpt")
+    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    with pytest.raises(InputError, match="that vitmix train wrote"):
+        load_trained(tmp_path / "foreign.ckpt")
+    torch.save(nn.Linear(1, 1), tmp_path / "pickle.ckpt")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_trained(tmp_path / "pickle.ckpt")
+    with pytest.raises(InputError, match=r"checkpoint of cct_4_3x2_32 .* got one of cct_2_3x2_32"):
+        evaluate_checkpoint(str(run), model="cct_4_3x2_32")
+    data = tmp_path / "pets"
+    for name in ("cat", "dog"):
+        (data / name).mkdir(parents=True)
+        for index in range(3):
+            from PIL import Image
+
+            Image.new("RGB", (16, 16), (index, 0, 0)).save(data / name / f"{index}.png")
+    with pytest.raises(InputError, match=r"test images of the 10 classes .* got 2 classes"):
+        evaluate_checkpoint(str(run), data=str(data))
+
+
+# --- folders
+
+
+def test_folders_are_never_written_over(tmp_path: Path) -> None:
+    out = str(tmp_path)
+    assert claim_folder(out, None, "run", False).name == "run"
+    assert claim_folder(out, None, "run", False).name == "run-2"
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("precious")
+    with pytest.raises(InputError, match=r"exists and is not empty.*--overwrite"):
+        claim_folder(out, "mine", "run", False)
+    with pytest.raises(InputError, match="holds something else"):
+        claim_folder(out, "mine", "run", True)
+    assert (mine / "thesis.txt").read_text() == "precious"
+    (mine / "config.yaml").write_text("")
+    assert claim_folder(out, "mine", "run", True) == mine
+    assert not list(mine.iterdir())
+
+
+# --- comparison
+
+
+def test_comparison_writes_table_plots_and_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small(tmp_path, tau=None, name="all")
+    comparison = compare(config, ["cutmix", "tokenmix", "tokenmixup", "none"], [3, 4])
+    folder = comparison.folder
+    document = json.loads((folder / "compare.json").read_text())
+    assert [row["method"] for row in document["methods"]] == [
+        "cutmix", "tokenmix", "tokenmixup", "none",
+    ]  # fmt: skip
+    assert len(document["runs"]) == 8
+    row = document["methods"][0]
+    first, second = row["top1_runs"]
+    assert row["top1"] == pytest.approx((first + second) / 2)
+    assert row["top1_sd"] == pytest.approx(abs(first - second) / math.sqrt(2))
+    assert not (folder / "tokenmix-seed3" / "teacher").exists()  # the plain run is the teacher
+    assert (folder / "compare.png").stat().st_size > 5000
+    assert "| cutmix |" in (folder / "compare.md").read_text()
+    page = comparison.report.read_text()
+    assert not re.findall(r'(?:src|href|srcset)="(?!data:)', page)
+    assert page.count("<picture>") >= 5
+    assert "prefers-color-scheme: dark" in page
+    assert "±" in capsys.readouterr().out
+
+
+def test_tables_align_and_name_the_reference() -> None:
+    runs = [{"seed": 0, "top1": 90.0, "top5": 99.0, "loss": 0.4, "best_top1": 91, "seconds": 3.0}]
+    better = [{**runs[0], "top1": 91.5}]
+    summaries = [summarise("none", runs), summarise("cutmix", better)]
+    rows = table_rows(summaries)
+    assert rows[1] == ["cutmix", "91.50", "99.00", "0.400", "+1.50", "3 s"]
+    assert header(summaries)[4] == "top-1 vs. none"
+    lines = as_text(header(summaries), rows).splitlines()
+    assert len({line.index("9") for line in lines[2:]}) == 1
+    assert as_markdown(header(summaries), rows).count("\n") == 4
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "a", "1,1", "1,-2", ""])
+def test_bad_seeds(text: str) -> None:
+    with pytest.raises(InputError, match="--seeds"):
+        parse_seeds(text, 0)
