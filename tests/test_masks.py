@@ -129,7 +129,6 @@ def test_blocks_cover_nearly_what_was_asked_for(grid, lam):
     assert areas.mean() > 0.96 * (1 - lam) - 4 * error
 
 
-@pytest.mark.xfail(strict=True, reason="a least block above the wanted area is mostly refused")
 @pytest.mark.parametrize("grid", [(24, 24), (14, 14)])
 def test_a_region_smaller_than_the_least_block_is_one_block(grid):
     areas = draw(block_mask, grid, 0.95, 300).sum((1, 2))

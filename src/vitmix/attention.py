@@ -6,7 +6,8 @@ knows nothing of it, and every ``softmax`` of models that write attention by han
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,11 @@ from torch.overrides import TorchFunctionMode
 from vitmix.errors import UnsupportedModelError
 from vitmix.functional.saliency import query_key_attention
 
-__all__ = ["AttentionCall", "AttentionTap", "read_attention", "read_query_key"]
+__all__ = ["AttentionCall", "AttentionTap", "Run", "read_attention", "read_query_key"]
 
+Run = Callable[[nn.Module, Tensor], Tensor]
+
+_FUSED = F.scaled_dot_product_attention
 _SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax, torch.special.softmax)
 
 
@@ -57,16 +61,23 @@ class AttentionTap(TorchFunctionMode):
     Args:
         on_fused: takes a fused call and returns its result.
         on_softmax: takes an attention map ``(B, H, N, M)`` after softmax.
+        paused: whether to let everything pass unseen for now.
     """
 
     def __init__(
         self,
         on_fused: Callable[[AttentionCall], Tensor],
         on_softmax: Callable[[Tensor], None],
+        paused: Callable[[], bool] = bool,
     ) -> None:
         super().__init__()
+        self._paused = paused
         self._on_fused = on_fused
         self._on_softmax = on_softmax
+
+    def _see(self, *args: Any, **kwargs: Any) -> Tensor:
+        with _kernel(_FUSED):
+            return self._on_fused(AttentionCall(*args, **kwargs))
 
     def __torch_function__(
         self,
@@ -76,12 +87,29 @@ class AttentionTap(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
+        if self._paused():
+            return func(*args, **kwargs)
+        if func is _FUSED:
             return self._on_fused(AttentionCall(*args, **kwargs))
+        if func is F.multi_head_attention_forward:
+            # It hides its kernel from this mode, but looks it up in the module while it runs.
+            with _kernel(self._see):
+                return func(*args, **kwargs)
         result = func(*args, **kwargs)
         if func in _SOFTMAX and result.ndim == 4:
             self._on_softmax(result)
         return result
+
+
+@contextmanager
+def _kernel(kernel: Callable[..., Tensor]) -> Iterator[None]:
+    """What ``scaled_dot_product_attention`` of ``torch.nn.functional`` is for a while."""
+    previous = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = kernel
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = previous
 
 
 class _Stop(Exception):  # noqa: N818 - control flow, not an error
@@ -92,12 +120,13 @@ class _Stop(Exception):  # noqa: N818 - control flow, not an error
         self.found = found
 
 
-def read_query_key(block: nn.Module, tokens: Tensor) -> AttentionCall | Tensor:
+def read_query_key(block: nn.Module, tokens: Tensor, run: Run) -> AttentionCall | Tensor:
     """Run a block up to its attention and no further.
 
     Args:
-        block: transformer block; its hooks are not called.
+        block: transformer block.
         tokens: ``(B, T, D)``.
+        run: runs the block on tokens as the model does, without the block's own hooks.
 
     Returns:
         The fused call, or the attention map ``(B, H, T, T)`` of a hand-written attention.
@@ -114,7 +143,7 @@ def read_query_key(block: nn.Module, tokens: Tensor) -> AttentionCall | Tensor:
 
     try:
         with AttentionTap(stop, stop_at_map):
-            block.forward(tokens)
+            run(block, tokens)
     except _Stop as stopped:
         return stopped.found
     raise UnsupportedModelError(
@@ -123,12 +152,13 @@ def read_query_key(block: nn.Module, tokens: Tensor) -> AttentionCall | Tensor:
     )
 
 
-def read_attention(block: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def read_attention(block: nn.Module, tokens: Tensor, run: Run) -> tuple[Tensor, Tensor]:
     """Run a block and read its attention map.
 
     Args:
-        block: transformer block; its hooks are not called.
+        block: transformer block.
         tokens: ``(B, T, D)``.
+        run: runs the block on tokens as the model does, without the block's own hooks.
 
     Returns:
         Output tokens ``(B, T, D)`` and the head mean of attention ``(B, 1, T, T)``.
@@ -149,7 +179,7 @@ def read_attention(block: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
         maps.append(attention.float().mean(1, keepdim=True))
 
     with AttentionTap(fused, softmax):
-        output: Tensor = block.forward(tokens)
+        output = run(block, tokens)
     if len(maps) != 1:
         raise UnsupportedModelError(
             f"looked for one attention in {type(block).__name__}, found {len(maps)}"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitmix.attention import AttentionCall, AttentionTap, read_attention, read_query_key
+from vitmix.attention import AttentionCall, AttentionTap, Run, read_attention, read_query_key
 from vitmix.backbones import Backbone
 from vitmix.errors import UnsupportedModelError
 from vitmix.functional.alignment import align_shares, attend_with_shares, pooled_shares
@@ -114,7 +114,7 @@ class Flow:
         try:
             for index, block in enumerate(self.backbone.blocks):
                 enter, leave = partial(self._enter, index), partial(self._leave, index)
-                handles.append(block.module.register_forward_pre_hook(enter))
+                handles.append(block.module.register_forward_pre_hook(enter, with_kwargs=True))
                 if index in self._verticals:
                     append, cut = self._append, self._cut
                     handles.append(block.entry.register_forward_pre_hook(append))
@@ -123,7 +123,7 @@ class Flow:
             if self._follow and self.backbone.pool_scores is not None:
                 handles.append(self.backbone.pool_scores.register_forward_hook(self._keep_scores))
             if self._reads_attention:
-                with AttentionTap(self._on_fused, self._on_softmax):
+                with AttentionTap(self._on_fused, self._on_softmax, lambda: self._paused):
                     yield
             else:
                 yield
@@ -146,7 +146,9 @@ class Flow:
 
     # Hooks, in the order in which they are called within a block.
 
-    def _enter(self, index: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _enter(
+        self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         tokens = args[0]
         expected = self.mixture.shares.shape[:2]
         if tokens.ndim != 3 or tokens.shape[:2] != expected:
@@ -155,10 +157,11 @@ class Flow:
                 f"{self.backbone.family}, found {tuple(tokens.shape)}"
             )
         for stage in self._mixers.get(index, ()):
-            tokens = self._mix(stage, tokens, index)
+            run = partial(_forward, args[1:], kwargs)
+            tokens = self._mix(stage, tokens, index, run)
         self._index, self._tokens = index, tokens
         self._saliency, self._appended, self._attentions = None, None, 0
-        return (tokens, *args[1:])
+        return (tokens, *args[1:]), kwargs
 
     def _append(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Put collected tokens behind the block's own (TokenMixup, Eq. 13).
@@ -173,10 +176,13 @@ class Flow:
         tokens = torch.cat([args[0], *(tokens.to(args[0].dtype) for tokens, _ in parts)], 1)
         return (tokens, *args[1:])
 
-    def _cut(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def _cut(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self._paused or self._index is None:
             return None
-        return output[:, : self._tokens.shape[1]]
+        own = self._tokens.shape[1]
+        if isinstance(output, tuple):
+            return (output[0][:, :own], *output[1:])
+        return output[:, :own]
 
     def _leave(self, index: int, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         if self._reads_attention and self._attentions != 1:
@@ -195,12 +201,12 @@ class Flow:
 
     # What happens at a block.
 
-    def _mix(self, stage: TokenMixer, tokens: Tensor, index: int) -> Tensor:
+    def _mix(self, stage: TokenMixer, tokens: Tensor, index: int, run: Run) -> Tensor:
         prefix = self.backbone.num_prefix_tokens
         context = TokenContext(
             targets=self.targets,
             num_prefix_tokens=prefix,
-            attention_saliency=partial(self._saliency_ahead, index, tokens.detach()),
+            attention_saliency=partial(self._saliency_ahead, index, tokens.detach(), run),
             gradient_saliency=self._gradient_saliency,
             generator=self._generator,
         )
@@ -229,17 +235,16 @@ class Flow:
                 parts.append((_rows(tokens, chosen), _rows(self._shares_in, chosen)))
 
     @torch.no_grad()
-    def _saliency_ahead(self, index: int, tokens: Tensor, steps: int) -> Tensor:
+    def _saliency_ahead(self, index: int, tokens: Tensor, run: Run, steps: int) -> Tensor:
         """Saliency of tokens from the attention of the blocks they are about to enter."""
         self._paused = True
         try:
+            ahead = [block.module for block in self.backbone.blocks[index : index + steps + 1]]
             if steps == 0:
-                return self._saliency_of(
-                    read_query_key(self.backbone.blocks[index].module, tokens), tokens.shape[1]
-                )
+                return self._saliency_of(read_query_key(ahead[0], tokens, run), tokens.shape[1])
             maps = []
-            for block in self.backbone.blocks[index : index + steps + 1]:
-                tokens, attention = read_attention(block.module, tokens)
+            for module in ahead:
+                tokens, attention = read_attention(module, tokens, run)
                 maps.append(attention)
             return self._saliency_of(attention_rollout(maps)[:, None], tokens.shape[1])
         finally:
@@ -267,8 +272,6 @@ class Flow:
     # What the tap sees.
 
     def _on_fused(self, call: AttentionCall) -> Tensor:
-        if self._paused:
-            return call.run()
         if self._index is None:
             return self._on_pooling(call)
         self._require_square(call.query.shape[-2], call.key.shape[-2])
@@ -297,8 +300,6 @@ class Flow:
         return output
 
     def _on_softmax(self, attention: Tensor) -> None:
-        if self._paused:
-            return
         rows, columns = attention.shape[-2:]
         if self._index is None:
             if self._follow and self.backbone.pooling == "attention" and rows == 1:
@@ -401,6 +402,15 @@ def gradient_saliency(
     norms: Tensor = gradient.float().norm(dim=-1)[:, backbone.num_prefix_tokens :]
     total: Tensor = norms.sum(1, keepdim=True)
     return norms / total.clamp_min(torch.finfo(norms.dtype).tiny)
+
+
+def _forward(
+    args: tuple[Any, ...], kwargs: dict[str, Any], block: nn.Module, tokens: Tensor
+) -> Tensor:
+    """Run a block as the model does, without the hooks of the block itself."""
+    output: Any = block.forward(tokens, *args, **kwargs)
+    tokens = output[0] if isinstance(output, tuple) else output
+    return tokens
 
 
 def _rows(values: Tensor, index: Tensor) -> Tensor:

@@ -47,9 +47,11 @@ def box_mask(
         tensor(4)
     """
     h, w = _checked(grid, lam)
-    rng = host_generator(generator)
+    return _box(h, w, 1.0 - float(lam), host_generator(generator))
+
+
+def _box(h: int, w: int, share: float, rng: np.random.Generator) -> Tensor:
     mask = np.zeros((h, w), dtype=bool)
-    share = 1.0 - float(lam)
     if share > 0.0:
         # Any height from this least one upwards can reach the area within the width.
         least = max(1, math.ceil(share * h - 1e-9))
@@ -103,12 +105,16 @@ def block_mask(
     mask = np.zeros((h, w), dtype=bool)
     if wanted >= h * w:
         return torch.from_numpy(~mask)
+    # A region smaller than the least rectangle is one smaller rectangle.
+    least = min(least, max(1, wanted))
     covered = 0
     while covered < wanted:
         added = _add_block(mask, least, wanted - covered, rng)
         if added == 0:
             break
         covered += added
+    if covered == 0 and wanted > 0:
+        return _box(h, w, wanted / (h * w), rng)
     return torch.from_numpy(mask)
 
 
