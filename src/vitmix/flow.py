@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitmix.attention import AttentionCall, AttentionTap, Run, read_attention, read_query_key
+from vitmix.attention import AttentionCall, AttentionTap, read_attention, read_query_key
 from vitmix.backbones import Backbone
 from vitmix.errors import UnsupportedModelError
 from vitmix.functional.alignment import align_shares, attend_with_shares, pooled_shares
@@ -29,7 +29,7 @@ from vitmix.functional.targets import soft_cross_entropy
 from vitmix.functional.vertical import salient_indices
 from vitmix.tokens import TokenContext, TokenMixer, TokenOutcome, VerticalTokenMixup
 
-__all__ = ["Flow", "gradient_saliency"]
+__all__ = ["Flow", "gradient_saliency", "logits_of"]
 
 
 class Flow:
@@ -201,7 +201,7 @@ class Flow:
 
     # What happens at a block.
 
-    def _mix(self, stage: TokenMixer, tokens: Tensor, index: int, run: Run) -> Tensor:
+    def _mix(self, stage: TokenMixer, tokens: Tensor, index: int, run: partial[Tensor]) -> Tensor:
         prefix = self.backbone.num_prefix_tokens
         context = TokenContext(
             targets=self.targets,
@@ -235,13 +235,21 @@ class Flow:
                 parts.append((_rows(tokens, chosen), _rows(self._shares_in, chosen)))
 
     @torch.no_grad()
-    def _saliency_ahead(self, index: int, tokens: Tensor, run: Run, steps: int) -> Tensor:
+    def _saliency_ahead(
+        self, index: int, tokens: Tensor, run: partial[Tensor], steps: int
+    ) -> Tensor:
         """Saliency of tokens from the attention of the blocks they are about to enter."""
         self._paused = True
         try:
             ahead = [block.module for block in self.backbone.blocks[index : index + steps + 1]]
             if steps == 0:
                 return self._saliency_of(read_query_key(ahead[0], tokens, run), tokens.shape[1])
+            if any(isinstance(value, Tensor) for value in (*run.args[0], *run.args[1].values())):
+                raise UnsupportedModelError(
+                    "looked for blocks that take tokens alone, found further tensors given to "
+                    f"block {index} of {self.backbone.family}: a rollout cannot know what later "
+                    "blocks are given. Use saliency='attention'"
+                )
             maps = []
             for module in ahead:
                 tokens, attention = read_attention(module, tokens, run)
@@ -365,6 +373,11 @@ class Flow:
             )
 
 
+def logits_of(output: Any) -> Any:
+    """Logits in what a model returns: itself, or its ``.logits`` (transformers)."""
+    return getattr(output, "logits", output)
+
+
 def gradient_saliency(
     model: nn.Module, backbone: Backbone, index: int, images: Tensor, targets: Tensor
 ) -> Tensor:
@@ -393,7 +406,7 @@ def gradient_saliency(
     handle = backbone.blocks[index].module.register_forward_pre_hook(cut)
     try:
         with torch.enable_grad():
-            logits = model(images)
+            logits = logits_of(model(images))
             logits = logits[0] if isinstance(logits, tuple) else logits
             loss = soft_cross_entropy(logits, targets)
             (gradient,) = torch.autograd.grad(loss, leaves)

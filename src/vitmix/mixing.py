@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vitmix.backbones import describe
 from vitmix.errors import InputError, UnsupportedModelError
-from vitmix.flow import Flow, gradient_saliency
+from vitmix.flow import Flow, gradient_saliency, logits_of
 from vitmix.functional.horizontal import HorizontalPlan
 from vitmix.functional.mixture import Mixture
 from vitmix.functional.pixel_plan import PixelPlan
@@ -56,12 +56,12 @@ class MixOutput:
     """Result of a step.
 
     Attributes:
-        logits: what the model returned, ``(B, C)``; a pair for a distilled model in distilled
-            training.
+        logits: ``(B, C)``; a pair for a distilled model in distilled training.
         targets: ``(B, C)`` float32, rows sum to 1.
         aux_loss: scalar, ScoreNet's weighted loss; 0 without horizontal mixing.
         stats: scalars without gradient, for logging.
         trace: what was mixed.
+        output: what the model returned: the logits themselves, or an object that holds them.
     """
 
     logits: Any
@@ -69,6 +69,7 @@ class MixOutput:
     aux_loss: Tensor
     stats: dict[str, Tensor]
     trace: MixTrace
+    output: Any = None
 
     def loss(self) -> Tensor:
         """Soft-target cross-entropy plus ``aux_loss``; the mean over a distilled model's heads."""
@@ -139,6 +140,11 @@ class MixingModel(nn.Module):
             _require_kind("tokens", stage, (TokenStage,))
             for block in stage.blocks:
                 backbone.require_block(f"`block` of {type(stage).__name__}", block)
+            if isinstance(stage, VerticalTokenMixup) and backbone.vertical_reason:
+                raise UnsupportedModelError(
+                    "looked for attention that takes tokens without a place in the image, found "
+                    f"{backbone.vertical_reason}. The model was not changed."
+                )
             if isinstance(stage, HorizontalTokenMixup):
                 _require_unattached(stage)
                 if stage.saliency == "rollout":
@@ -184,11 +190,12 @@ class MixingModel(nn.Module):
             UnsupportedModelError: the model did not do what its description says.
         """
         if not self.training:
-            logits = self.model(images)
+            output = self.model(images)
             if targets is None:
-                return logits
+                return output
             soft = smooth_targets(targets, self.num_classes)
-            return MixOutput(logits, soft, soft.new_zeros(()), {}, MixTrace(images))
+            zero = soft.new_zeros(())
+            return MixOutput(logits_of(output), soft, zero, {}, MixTrace(images), output)
         if targets is None:
             raise InputError(
                 "expected targets in training mode, got none; call .eval() to predict without"
@@ -221,7 +228,8 @@ class MixingModel(nn.Module):
         weights = first_rule.weights(evidence)
         flow = self._flow(fed, mixture, mixture.targets(weights, soft), grid)
         with flow.armed():
-            logits = self.model(fed)
+            output = self.model(fed)
+        logits = logits_of(output)
         self._require_logits(logits)
         if not self.labels.known_before_forward:
             evidence = LabelEvidence(
@@ -242,7 +250,8 @@ class MixingModel(nn.Module):
         trace = _trace(fed, plan, evidence.mixture, weights, flow)
         losses = [outcome.loss for _, _, outcome in flow.outcomes if outcome.loss is not None]
         aux_loss = torch.stack(losses).sum() if losses else soft.new_zeros(())
-        return MixOutput(logits, targets, aux_loss, _stats(plan, weights, flow, aux_loss), trace)
+        stats = _stats(plan, weights, flow, aux_loss)
+        return MixOutput(logits, targets, aux_loss, stats, trace, output)
 
     def _flow(self, fed: Tensor, mixture: Mixture, targets: Tensor, grid: tuple[int, int]) -> Flow:
         mixers: dict[int, list[TokenMixer]] = {}

@@ -62,6 +62,7 @@ class Backbone:
         pool_prefix: for ``"attention"``: whether the query sees prefix tokens too.
         recomputes: whether activations are recomputed in the backward pass just now.
         alignment_reason: why shares cannot be followed to the output, or None if they can.
+        vertical_reason: why a block cannot attend to more tokens than its own, or None if it can.
     """
 
     family: str
@@ -75,6 +76,7 @@ class Backbone:
     pool_prefix: bool = True
     recomputes: Callable[[], bool] = bool
     alignment_reason: str | None = None
+    vertical_reason: str | None = None
 
     @property
     def depth(self) -> int:
