@@ -422,8 +422,8 @@ def _forward(
 ) -> Tensor:
     """Run a block as the model does, without the hooks of the block itself."""
     output: Any = block.forward(tokens, *args, **kwargs)
-    tokens = output[0] if isinstance(output, tuple) else output
-    return tokens
+    result: Tensor = output[0] if isinstance(output, tuple) else output
+    return result
 
 
 def _rows(values: Tensor, index: Tensor) -> Tensor:
