@@ -8,7 +8,7 @@ equations as functions of tensors.
 
 from vitmix import functional
 from vitmix._version import __version__
-from vitmix.backbones import Backbone, describe
+from vitmix.backbones import Backbone, Block, describe
 from vitmix.errors import InputError, UnsupportedModelError, VitmixError
 from vitmix.labels import (
     AreaLabels,
@@ -32,6 +32,7 @@ __all__ = [
     "AreaLabels",
     "AttentionLabels",
     "Backbone",
+    "Block",
     "CutMix",
     "HorizontalTokenMixup",
     "InputError",

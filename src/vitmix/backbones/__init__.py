@@ -6,22 +6,63 @@ process has not imported cannot be what the model is made of.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from torch import nn
 
-from vitmix.backbones import cct, timm_vit
-from vitmix.backbones.base import Backbone, Block, Family
-from vitmix.errors import UnsupportedModelError
+from vitmix.backbones import (
+    cct,
+    huggingface,
+    timm_position,
+    timm_vit,
+    torchvision_vit,
+    unsupported,
+)
+from vitmix.backbones.base import Backbone, Block, Family, Pooling, Reason
+from vitmix.backbones.custom import Grid, describe_by_hand
+from vitmix.errors import InputError, UnsupportedModelError
 
 __all__ = ["Backbone", "Block", "describe"]
 
-_FAMILIES: tuple[Family, ...] = (cct, timm_vit)
+_FAMILIES: tuple[Family, ...] = (cct, timm_vit, timm_position, huggingface, torchvision_vit)
 
 
-def describe(model: nn.Module) -> Backbone:
+def describe(
+    model: nn.Module,
+    blocks: Sequence[nn.Module | Block] | None = None,
+    *,
+    grid: Grid | None = None,
+    embed_dim: int | None = None,
+    num_prefix_tokens: int = 0,
+    class_token: bool | None = None,
+    pooling: Pooling | None = None,
+    pool_scores: nn.Module | None = None,
+    recomputes: Callable[[], bool] | None = None,
+    vertical_reason: Reason = None,
+) -> Backbone:
     """Find the blocks, token grid, prefix tokens and pooling of a model.
 
+    A model of a known family is described by itself. For any other the arguments behind ``model``
+    say what it is made of; then pass the result to ``vitmix.MixingModel(..., backbone=...)``. Its
+    blocks must take tokens ``(B, T, D)`` as first argument, give such tokens, attend once and
+    globally by ``scaled_dot_product_attention``, ``nn.MultiheadAttention`` or a softmax over
+    ``(B, H, T, T)``, and work token by token apart from that.
+
     Args:
-        model: a model of a supported family; it is only looked at.
+        model: the model; it is only looked at.
+        blocks: transformer blocks in order, for a home-made model; a :class:`vitmix.Block` names
+            the parts of a block in which vertical mixing acts (the whole block otherwise).
+        grid: rows and columns of image tokens, or a function that gives them for an input of
+            ``(height, width)`` pixels.
+        embed_dim: width of a token.
+        num_prefix_tokens: tokens in front that stand for no image region.
+        class_token: whether the first of them is a class token; yes if there are any by default.
+        pooling: see :class:`vitmix.Backbone`; by default the class token, else the average of image
+            tokens.
+        pool_scores: for pooling ``"sequence"``: the module that gives a score a token.
+        recomputes: whether activations are recomputed in the backward pass just now.
+        vertical_reason: why blocks cannot attend to more tokens, if they can't: attention with a
+            position bias or rotary embeddings.
 
     Returns:
         What was found.
@@ -29,19 +70,44 @@ def describe(model: nn.Module) -> Backbone:
     Raises:
         UnsupportedModelError: the model is of no supported family, or has a part that token mixing
             cannot follow; the message names what was looked for and what was found.
+        InputError: arguments that don't fit together.
 
     Example:
         >>> from vitmix.models import create_model
         >>> describe(create_model("cct_2_3x2_32", num_classes=10, img_size=32)).num_prefix_tokens
         0
+        >>> layers = [nn.TransformerEncoderLayer(32, 2, 64, batch_first=True) for _ in range(2)]
+        >>> model = nn.Sequential(*layers)
+        >>> describe(model, blocks=layers, grid=(4, 4), embed_dim=32).pooling
+        'average'
     """
+    if blocks is not None:
+        return describe_by_hand(
+            model,
+            blocks,
+            grid=grid,
+            embed_dim=embed_dim,
+            num_prefix_tokens=num_prefix_tokens,
+            class_token=class_token,
+            pooling=pooling,
+            pool_scores=pool_scores,
+            recomputes=recomputes,
+            vertical_reason=vertical_reason,
+        )
+    given = (grid, embed_dim, class_token, pooling, pool_scores, recomputes, vertical_reason)
+    if num_prefix_tokens or any(argument is not None for argument in given):
+        raise InputError(
+            "expected `blocks` with arguments that describe a model by hand, got none; "
+            "a model of a known family is described by itself"
+        )
     for family in _FAMILIES:
         backbone = family.describe(model)
         if backbone is not None:
             return backbone
     kind = type(model)
     raise UnsupportedModelError(
-        f"looked for one of: {'; '.join(family.LOOKS_FOR for family in _FAMILIES)}. "
-        f"Found {kind.__module__}.{kind.__qualname__} with children "
+        f"looked for one of: {'; '.join(family.LOOKS_FOR for family in _FAMILIES)}; or `blocks` "
+        f"given to vitmix.describe. Found {kind.__module__}.{kind.__qualname__}"
+        f"{unsupported.explain(model)} with children "
         f"{[name for name, _ in model.named_children()]}. The model was not changed."
     )

@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from torch import Tensor, nn
 
-from vitmix.errors import InputError
+from vitmix.errors import InputError, UnsupportedModelError
 from vitmix.functional.alignment import pooled_shares
 
-__all__ = ["Backbone", "Block", "Family", "Pooling"]
+__all__ = ["POOLINGS", "Backbone", "Block", "Family", "Pooling", "Reason", "is_made_by"]
 
-Pooling = Literal["class_token", "distilled", "average", "average_all", "sequence", "attention"]
+Pooling = Literal[
+    "class_token",
+    "distilled",
+    "average",
+    "average_all",
+    "class_and_average",
+    "sequence",
+    "attention",
+]
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+# Why something cannot be done, for a message that begins "... found"; None if it can.
+Reason = str | None
+
+
+def is_made_by(model: object, module: str, name: str) -> bool:
+    """Whether a model is of the class ``module.name``, without importing a library.
+
+    A library that the process has not imported cannot have made the model.
+    """
+    found = getattr(sys.modules.get(module), name, None)
+    return isinstance(found, type) and isinstance(model, found)
 
 
 class Family(Protocol):
-    """A module that knows one family of models."""
+    """A module that knows one family of models; ``LOOKS_FOR`` is what it is recognised by."""
 
-    @property
-    def LOOKS_FOR(self) -> str:
-        """What the family is recognised by."""
+    LOOKS_FOR: str
 
     def describe(self, model: nn.Module) -> Backbone | None:
         """Describe a model of the family; None for any other."""
@@ -55,8 +74,9 @@ class Backbone:
         class_token: whether the first prefix token is a class token.
         pooling: how the last tokens become the input of the classifier: the ``"class_token"``; the
             mean of class and ``"distilled"`` tokens; the ``"average"`` of image tokens or of all
-            (``"average_all"``); ``"sequence"``: softmax weights from ``pool_scores`` (CCT);
-            ``"attention"``: a learned query that attends to the tokens.
+            (``"average_all"``); ``"class_and_average"``: the class token beside the average of
+            image tokens (DINOv2), whose shares count half each; ``"sequence"``: softmax weights
+            from ``pool_scores`` (CCT); ``"attention"``: a learned query that attends to the tokens.
         grid: token grid ``(h, w)`` of an input of ``(height, width)`` pixels.
         pool_scores: for ``"sequence"``: module that gives one score ``(B, N, 1)`` a token.
         pool_prefix: for ``"attention"``: whether the query sees prefix tokens too.
@@ -75,8 +95,8 @@ class Backbone:
     pool_scores: nn.Module | None = None
     pool_prefix: bool = True
     recomputes: Callable[[], bool] = bool
-    alignment_reason: str | None = None
-    vertical_reason: str | None = None
+    alignment_reason: Reason = None
+    vertical_reason: Reason = None
 
     @property
     def depth(self) -> int:
@@ -94,6 +114,23 @@ class Backbone:
                 f"expected {what} from 0 to {self.depth - 1} for this {self.family} "
                 f"of {self.depth} blocks, got {index}"
             )
+
+    def require_part_of(self, model: nn.Module) -> None:
+        """Check that a model has the blocks described.
+
+        Raises:
+            UnsupportedModelError: a module of the description is not part of the model.
+        """
+        parts = set(model.modules())
+        for index, block in enumerate(self.blocks):
+            for role in ("module", "entry", "attention"):
+                found = getattr(block, role)
+                if found not in parts:
+                    raise UnsupportedModelError(
+                        f"looked for {role} of block {index} among the modules of "
+                        f"{type(model).__name__}, found a {type(found).__name__} that is not part "
+                        "of it. The model was not changed."
+                    )
 
     def pool_shares(self, shares: Tensor, scores: Tensor | None = None) -> Tensor:
         """Shares of the representation that the classifier sees.
@@ -113,6 +150,8 @@ class Backbone:
             return shares[:, self.num_prefix_tokens :].mean(1)
         if self.pooling == "average_all":
             return shares.mean(1)
+        if self.pooling == "class_and_average":
+            return (shares[:, 0] + shares[:, self.num_prefix_tokens :].mean(1)) / 2
         if scores is None:
             raise InputError(f"expected pooling scores for {self.pooling} pooling, got none")
         return pooled_shares(shares, scores.detach().float().squeeze(-1).softmax(1))

@@ -1,0 +1,119 @@
+"""Image classifiers of transformers that attend globally.
+
+ViT, ViT-MSN, DeiT (with and without a distillation head), BEiT, Data2Vec-Vision, DINOv2 (with and
+without registers) and I-JEPA, with ``attn_implementation`` ``"sdpa"`` or ``"eager"``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
+from typing import Any
+
+from torch import nn
+
+from vitmix.backbones.base import Backbone, Block, Pooling, Reason, is_made_by
+from vitmix.errors import UnsupportedModelError
+
+__all__ = ["LOOKS_FOR", "describe"]
+
+_ATTENTION = ("sdpa", "eager")
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where a classifier keeps its layers, and what it makes of their last tokens.
+
+    Attributes:
+        module: module of transformers that defines the class.
+        layers: attribute path of the list of layers.
+        norm: the layer's norm in front of the attention.
+        prefix: tokens in front of the image tokens, registers aside.
+        pooling: kind of pooling, or None if the configuration's ``use_mean_pooling`` decides.
+    """
+
+    module: str
+    layers: str
+    norm: str = "layernorm_before"
+    prefix: int = 1
+    pooling: Pooling | None = "class_token"
+
+
+_LAYOUTS = {
+    "ViTForImageClassification": _Layout("vit.modeling_vit", "vit.layers"),
+    "ViTMSNForImageClassification": _Layout("vit_msn.modeling_vit_msn", "vit.layers"),
+    "DeiTForImageClassification": _Layout("deit.modeling_deit", "deit.layers", prefix=2),
+    "DeiTForImageClassificationWithTeacher": _Layout(
+        "deit.modeling_deit", "deit.layers", prefix=2, pooling="distilled"
+    ),
+    "BeitForImageClassification": _Layout("beit.modeling_beit", "beit.layers", pooling=None),
+    "Data2VecVisionForImageClassification": _Layout(
+        "data2vec.modeling_data2vec_vision", "data2vec_vision.encoder.layer", pooling=None
+    ),
+    "Dinov2ForImageClassification": _Layout(
+        "dinov2.modeling_dinov2", "dinov2.encoder.layer", "norm1", pooling="class_and_average"
+    ),
+    "Dinov2WithRegistersForImageClassification": _Layout(
+        "dinov2_with_registers.modeling_dinov2_with_registers",
+        "dinov2_with_registers.encoder.layer",
+        "norm1",
+        pooling="class_and_average",
+    ),
+    "IJepaForImageClassification": _Layout(
+        "ijepa.modeling_ijepa", "ijepa.layers", prefix=0, pooling="average"
+    ),
+}
+
+LOOKS_FOR = f"transformers {', '.join(_LAYOUTS)}"
+
+
+def describe(model: nn.Module) -> Backbone | None:
+    """Describe an image classifier of transformers; None if the model is something else."""
+    for name, layout in _LAYOUTS.items():
+        if is_made_by(model, f"transformers.models.{layout.module}", name):
+            return _describe(name, layout, model)
+    return None
+
+
+def _describe(name: str, layout: _Layout, model: Any) -> Backbone:
+    config = model.config
+    implementation = getattr(config, "_attn_implementation", "eager")
+    if implementation not in _ATTENTION:
+        raise UnsupportedModelError(
+            f"looked for attn_implementation 'sdpa' or 'eager' in {name}, found "
+            f"{implementation!r}, whose attention cannot be read. "
+            "Call model.set_attn_implementation('sdpa'). The model was not changed."
+        )
+    pooling = layout.pooling
+    if pooling is None:
+        pooling = "average" if config.use_mean_pooling else "class_token"
+    patch = config.patch_size
+    return Backbone(
+        family=f"transformers {name}",
+        blocks=tuple(
+            Block(module=layer, entry=getattr(layer, layout.norm), attention=layer.attention)
+            for layer in attrgetter(layout.layers)(model)
+        ),
+        embed_dim=int(config.hidden_size),
+        num_prefix_tokens=layout.prefix + int(getattr(config, "num_register_tokens", 0)),
+        class_token=layout.prefix > 0,
+        pooling=pooling,
+        grid=partial(_grid, (patch, patch) if isinstance(patch, int) else tuple(patch)),
+        recomputes=partial(getattr, model, "is_gradient_checkpointing", False),
+        vertical_reason=_position(config),
+    )
+
+
+def _position(config: Any) -> Reason:
+    for option in ("use_relative_position_bias", "use_shared_relative_position_bias"):
+        if getattr(config, option, False):
+            return (
+                f"relative position bias ({option}=True): a token that is put behind the others "
+                "has no place in the image to take a bias for"
+            )
+    return None
+
+
+def _grid(patch: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    return size[0] // patch[0], size[1] // patch[1]

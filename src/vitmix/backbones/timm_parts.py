@@ -1,0 +1,101 @@
+"""What timm's plain vision transformers have in common: blocks, token grid, pooling."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from vitmix.backbones.base import Block, Pooling, Reason
+from vitmix.errors import UnsupportedModelError
+
+__all__ = ["ROTARY", "blocks_of", "grid_of", "pooling_of", "require_all_tokens"]
+
+ROTARY = (
+    "rotary position embedding (RoPE): a token that is put behind the others has no place in the "
+    "image to be rotated by"
+)
+
+# Blocks whose norm works in front of the attention, behind it, or is fused with more of the block.
+_NORM_FIRST = ("Block", "EvaBlock", "RelPosBlock", "DeepseekVitBlock", "Gemma4Block")
+_NORM_LAST = ("ResPostBlock", "EvaBlockPostNorm", "ResPostRelPosBlock")
+_WHOLE = ("ParallelScalingBlock",)
+_POOLING: dict[str, Pooling] = {"token": "class_token", "avg": "average"}
+
+
+def blocks_of(family: str, blocks: Any) -> tuple[Block, ...]:
+    """Blocks with one softmax attention each.
+
+    Raises:
+        UnsupportedModelError: a block of another kind.
+    """
+    return tuple(_block(family, index, block) for index, block in enumerate(blocks))
+
+
+def _block(family: str, index: int, block: Any) -> Block:
+    kind = type(block).__name__
+    attention = type(getattr(block, "attn", None)).__name__
+    if attention == "DiffAttention":
+        raise UnsupportedModelError(
+            f"looked for one softmax attention a block in {family}, found the difference of two "
+            f"(DiffAttention) at block {index}. The model was not changed."
+        )
+    if kind in _NORM_FIRST:
+        return Block(module=block, entry=block.norm1, attention=block.attn)
+    if kind in _NORM_LAST:
+        return Block(module=block, entry=block.attn, attention=block.attn)
+    if kind in _WHOLE:
+        return Block(module=block, entry=block, attention=block)
+    known = ", ".join((*_NORM_FIRST, *_NORM_LAST, *_WHOLE))
+    raise UnsupportedModelError(
+        f"looked for blocks with one attention each ({known}) in {family}, found {kind} "
+        f"at block {index}. The model was not changed."
+    )
+
+
+def require_all_tokens(patch_drop: Any) -> None:
+    """Check that no tokens are dropped.
+
+    Raises:
+        UnsupportedModelError: patch dropout.
+    """
+    if getattr(patch_drop, "prob", 0.0):
+        raise UnsupportedModelError(
+            f"looked for a model that keeps all its tokens, found patch_drop_rate="
+            f"{patch_drop.prob}: dropped patches cannot be matched between samples. "
+            "Create the model with patch_drop_rate=0. The model was not changed."
+        )
+
+
+def grid_of(patch_embed: Any) -> partial[tuple[int, int]]:
+    """Token grid of an input size, by the patch embedding (a convolution or a whole network)."""
+    return partial(_grid, patch_embed)
+
+
+def _grid(patch_embed: Any, size: tuple[int, int]) -> tuple[int, int]:
+    fixed = getattr(patch_embed, "img_size", None) and getattr(patch_embed, "strict_img_size", True)
+    rows, columns = patch_embed.grid_size if fixed else patch_embed.dynamic_feat_size(size)
+    return int(rows), int(columns)
+
+
+def pooling_of(model: Any) -> tuple[Pooling, Reason]:
+    """Kind of pooling, and why shares cannot be followed through it (None if they can)."""
+    if hasattr(model, "dist_token"):
+        return "distilled", None
+    attention_pool = getattr(model, "attn_pool", None)
+    if attention_pool is not None:
+        if type(attention_pool).__name__ == "AttentionPoolLatent" and (
+            attention_pool.latent_len == 1
+        ):
+            return "attention", None
+        return "average", (
+            f"pooling by {type(attention_pool).__name__}, which is not one learned query; "
+            "use global_pool='token', 'avg' or 'map'"
+        )
+    if model.global_pool == "avg" and getattr(model, "pool_include_prefix", False):
+        return "average_all", None
+    if model.global_pool in _POOLING:
+        return _POOLING[model.global_pool], None
+    return "average", (
+        f"pooling {model.global_pool!r} is not a weighted mean of tokens; "
+        "use global_pool='token', 'avg' or 'map'"
+    )

@@ -1,0 +1,43 @@
+"""Why known models are not supported: words for messages, nothing more."""
+
+from __future__ import annotations
+
+from torch import nn
+
+__all__ = ["explain"]
+
+_WINDOWS = "attention within windows"
+_STAGES = "stages of different token grids"
+_REASONS = {
+    "Cait": "talking heads, which mix attention maps behind the softmax",
+    "CoaT": "factorised attention, which has no map of tokens by tokens",
+    "ConVit": "gated positional attention, a blend of two attention maps a block",
+    "CrossVit": "two sequences of tokens of different patch sizes",
+    "DaViT": f"{_WINDOWS} and between channels",
+    "EfficientVitMsra": f"{_WINDOWS} and {_STAGES}",
+    "GlobalContextVit": f"{_WINDOWS} and {_STAGES}",
+    "Hiera": f"{_WINDOWS} and {_STAGES}",
+    "HieraDet": f"{_WINDOWS} and {_STAGES}",
+    "Levit": _STAGES,
+    "LevitDistilled": _STAGES,
+    "MaxxVit": f"{_WINDOWS} and {_STAGES}",
+    "MultiScaleVit": f"pooled attention and {_STAGES}",
+    "Nest": f"{_WINDOWS} and {_STAGES}",
+    "PoolingVisionTransformer": _STAGES,
+    "PyramidVisionTransformerV2": f"attention to reduced keys and {_STAGES}",
+    "SwinTransformer": _WINDOWS,
+    "SwinTransformerV2": _WINDOWS,
+    "SwinTransformerV2Cr": _WINDOWS,
+    "TNT": "an inner transformer of pixels in each block",
+    "Twins": f"{_WINDOWS} and {_STAGES}",
+    "VOLO": "outlook attention and a class token that joins behind the blocks",
+    "VisionTransformerSAM": f"{_WINDOWS} in some blocks",
+    "Visformer": f"convolutions for attention in some stages, and {_STAGES}",
+    "Xcit": "attention between channels, which moves no token",
+}
+
+
+def explain(model: nn.Module) -> str:
+    """What stands in the way, in brackets behind the model's name; empty if not known."""
+    reason = _REASONS.get(type(model).__name__)
+    return "" if reason is None else f" ({reason})"
