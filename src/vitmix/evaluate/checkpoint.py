@@ -64,9 +64,8 @@ def evaluate_model(
         top5.update(logits, labels)
         loss.update(torch.nn.functional.cross_entropy(logits, labels), weight=len(labels))
         count += len(labels)
-    return Scores(
-        100 * float(top1.compute()), 100 * float(top5.compute()), float(loss.compute()), count
-    )
+    accuracy1, accuracy5 = (round(100 * float(metric.compute()), 4) for metric in (top1, top5))
+    return Scores(accuracy1, accuracy5, float(loss.compute()), count)
 
 
 def evaluate_checkpoint(

@@ -17,10 +17,10 @@ SETTINGS = TrainConfig(
     data="digits",
     train_limit=600,
     model="cct_2_3x2_32",
-    epochs=30,
+    epochs=20,
     batch_size=64,
-    lr=2e-3,
-    warmup_epochs=3,
+    lr=3e-3,
+    warmup_epochs=2,
     crop_padding=2,
     channels_last=True,
 )

@@ -118,8 +118,8 @@ class MixingTask(pl.LightningModule):
         """Close the epoch's figures."""
         entry = {
             "epoch": float(self.current_epoch + 1),
-            "val/top1": 100 * float(self.top1.compute()),
-            "val/top5": 100 * float(self.top5.compute()),
+            "val/top1": round(100 * float(self.top1.compute()), 4),
+            "val/top5": round(100 * float(self.top5.compute()), 4),
             "val/loss": float(self.val_loss.compute()),
         }
         for metric in (self.top1, self.top5, self.val_loss):
