@@ -364,16 +364,6 @@ def test_unsupported_models_are_refused_untouched() -> None:
         )
 
 
-def test_gradient_checkpointing_is_refused() -> None:
-    model = make_vit()
-    mixing = vitmix.MixingModel(model, tokens=[horizontal()], num_classes=NUM_CLASSES).train()
-    model.set_grad_checkpointing(True)  # type: ignore[operator]
-    with pytest.raises(vitmix.UnsupportedModelError, match="checkpointing"):
-        mixing(*batch())
-    model.set_grad_checkpointing(False)  # type: ignore[operator]
-    mixing(*batch())
-
-
 def test_a_block_without_attention_is_an_error() -> None:
     """A hook or a tap that sees nothing is never a silent no-op."""
     model = make_vit()

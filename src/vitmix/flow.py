@@ -7,17 +7,19 @@ it ends, by an exception too, so that a model carries no trace of it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
 
 from vitmix.attention import AttentionCall, AttentionTap, read_attention, read_query_key
 from vitmix.backbones import Backbone
 from vitmix.errors import UnsupportedModelError
 from vitmix.functional.alignment import align_shares, attend_with_shares, pooled_shares
+from vitmix.functional.draws import fork
 from vitmix.functional.mixture import Mixture
 from vitmix.functional.saliency import (
     attention_rollout,
@@ -27,6 +29,13 @@ from vitmix.functional.saliency import (
 )
 from vitmix.functional.targets import soft_cross_entropy
 from vitmix.functional.vertical import salient_indices
+from vitmix.replay import (
+    BlockRecord,
+    Replay,
+    call_after_backward,
+    first_tokens,
+    unseen_by_checkpoint,
+)
 from vitmix.tokens import TokenContext, TokenMixer, TokenOutcome, VerticalTokenMixup
 
 __all__ = ["Flow", "gradient_saliency", "logits_of"]
@@ -45,12 +54,14 @@ class Flow:
         attention_block: block whose saliency is kept in ``attention``, or None.
         gradient_saliency: ``(B, N)`` for stages that want it.
         generator: source of draws.
+        recomputes: whether blocks run a second time in the backward pass (gradient checkpointing).
 
     Attributes:
         mixture: sources and shares as they are now.
         targets: ``(B, C)`` labels as the token stages have mixed them so far.
         outcomes: what each mixer decided, by block.
         attention: ``(B, N)`` saliency of ``attention_block``.
+        replay: with ``recomputes``, the hooks that wait for the backward pass.
     """
 
     def __init__(
@@ -65,6 +76,7 @@ class Flow:
         attention_block: int | None,
         gradient_saliency: Tensor | None,
         generator: torch.Generator | None,
+        recomputes: bool = False,
     ) -> None:
         self.backbone = backbone
         self.mixture = mixture
@@ -76,7 +88,11 @@ class Flow:
         self._follow = follow_shares
         self._attention_block = attention_block
         self._gradient_saliency = gradient_saliency
-        self._generator = generator
+        # A checkpoint sets the global generator back: draws inside a pass have one of their own.
+        self._generator = fork(generator) if mixers else None
+        self._recomputes = recomputes
+        self._records: dict[int, BlockRecord] = {}
+        self.replay: Replay | None = None
         self._collected: dict[VerticalTokenMixup, list[tuple[Tensor, Tensor]]] = {
             stage: [] for stages in verticals.values() for stage in stages
         }
@@ -131,6 +147,8 @@ class Flow:
             for handle in handles:
                 handle.remove()
         self._check_passed()
+        if self.replay is not None:
+            self.replay.install()
 
     def pooled_shares(self) -> Tensor | None:
         """``(B, K)`` shares of what the classifier sees, after the pass; None if not followed."""
@@ -156,6 +174,8 @@ class Flow:
                 f"looked for tokens ({expected[0]}, {expected[1]}, D) at block {index} of "
                 f"{self.backbone.family}, found {tuple(tokens.shape)}"
             )
+        if self._recomputes:
+            tokens = self._record(index, tokens)
         for stage in self._mixers.get(index, ()):
             run = partial(_forward, args[1:], kwargs)
             tokens = self._mix(stage, tokens, index, run)
@@ -173,16 +193,15 @@ class Flow:
             return None
         parts = [part for stage in self._verticals[self._index] for part in self._collected[stage]]
         self._appended = torch.cat([shares for _, shares in parts], 1)
-        tokens = torch.cat([args[0], *(tokens.to(args[0].dtype) for tokens, _ in parts)], 1)
-        return (tokens, *args[1:])
+        extra = torch.cat([tokens.to(args[0].dtype) for tokens, _ in parts], 1)
+        if self._recomputes:
+            self._records[self._index].extra = extra
+        return (torch.cat((args[0], extra), 1), *args[1:])
 
     def _cut(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self._paused or self._index is None:
             return None
-        own = self._tokens.shape[1]
-        if isinstance(output, tuple):
-            return (output[0][:, :own], *output[1:])
-        return output[:, :own]
+        return first_tokens(output, self._tokens.shape[1])
 
     def _leave(self, index: int, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         if self._reads_attention and self._attentions != 1:
@@ -201,6 +220,20 @@ class Flow:
 
     # What happens at a block.
 
+    def _record(self, index: int, tokens: Tensor) -> Tensor:
+        """Remember a block's input for the second pass."""
+        if not torch.is_grad_enabled():
+            raise UnsupportedModelError(
+                "looked for gradient checkpointing that keeps the graph, found the reentrant kind: "
+                "turn it on with use_reentrant=False"
+            )
+        if not self._records:
+            self.replay = Replay(self.backbone, self._records)
+        self._records[index] = BlockRecord(TensorWeakRef(tokens))
+        if index == 0 and self.replay is not None:
+            return call_after_backward(tokens, self.replay.remove)
+        return tokens
+
     def _mix(self, stage: TokenMixer, tokens: Tensor, index: int, run: partial[Tensor]) -> Tensor:
         prefix = self.backbone.num_prefix_tokens
         context = TokenContext(
@@ -210,9 +243,12 @@ class Flow:
             gradient_saliency=self._gradient_saliency,
             generator=self._generator,
         )
-        outcome = stage.plan(tokens, context)
+        with self._own_graph():
+            outcome = stage.plan(tokens, context)
         if outcome is None:
             return tokens
+        if self._recomputes:
+            self._records[index].outcomes.append(outcome)
         self.outcomes.append((index, stage, outcome))
         self.targets = outcome.mix_targets(self.targets)
         if self._follow:
@@ -221,7 +257,12 @@ class Flow:
                 kept: [(old, outcome.pad_shares(shares)) for old, shares in parts]
                 for kept, parts in self._collected.items()
             }
-        return outcome.mix_tokens(tokens, prefix)
+        with self._own_graph():
+            return outcome.mix_tokens(tokens, prefix)
+
+    def _own_graph(self) -> AbstractContextManager[object]:
+        """Keeps what is differentiable here apart from what a checkpoint runs again."""
+        return unseen_by_checkpoint() if self._recomputes else nullcontext()
 
     def _collect(self, index: int) -> None:
         """Keep the most salient tokens of a block's input for later blocks."""
@@ -232,7 +273,9 @@ class Flow:
             if index < stage.blocks[0]:
                 tokens = self._tokens.detach() if stage.stop_gradient else self._tokens
                 chosen = salient_indices(self._saliency, stage.kappa, num_prefix_tokens=prefix)
-                parts.append((_rows(tokens, chosen), _rows(self._shares_in, chosen)))
+                with self._own_graph():
+                    kept = _rows(tokens, chosen)
+                parts.append((kept, _rows(self._shares_in, chosen)))
 
     @torch.no_grad()
     def _saliency_ahead(
@@ -251,9 +294,12 @@ class Flow:
                     "blocks are given. Use saliency='attention'"
                 )
             maps = []
-            for module in ahead:
-                tokens, attention = read_attention(module, tokens, run)
-                maps.append(attention)
+            # Dropout in these extra passes must not shift that of the real one.
+            devices = [tokens.device] if tokens.device.type == "cuda" else []
+            with torch.random.fork_rng(devices):
+                for module in ahead:
+                    tokens, attention = read_attention(module, tokens, run)
+                    maps.append(attention)
             return self._saliency_of(attention_rollout(maps)[:, None], tokens.shape[1])
         finally:
             self._paused = False
@@ -301,6 +347,7 @@ class Flow:
             dropout_p=call.dropout_p,
             is_causal=call.is_causal,
             scale=call.scale,
+            separate=self._recomputes,
         )
         shares = self.mixture.shares
         moved = (attended[:, : shares.shape[1]] + shares) / 2

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitmix.backbones import describe
+from vitmix.backbones import Backbone, describe
 from vitmix.errors import InputError, UnsupportedModelError
 from vitmix.flow import Flow, gradient_saliency, logits_of
 from vitmix.functional.horizontal import HorizontalPlan
@@ -18,6 +18,7 @@ from vitmix.functional.pixel_plan import PixelPlan
 from vitmix.functional.targets import smooth_targets, soft_cross_entropy
 from vitmix.labels import AreaLabels, LabelEvidence, LabelRule
 from vitmix.pixels import PixelMix
+from vitmix.replay import Replay
 from vitmix.tokens import (
     BlendPlan,
     HorizontalTokenMixup,
@@ -94,6 +95,8 @@ class MixingModel(nn.Module):
         num_classes: classes of the targets; the model must give as many logits.
         label_smoothing: smoothing of the sources' labels, in [0, 1).
         generator: CPU generator of all draws; the global one by default.
+        backbone: description of a home-made model, from ``vitmix.describe(model, blocks=...)``;
+            models of known families need none.
 
     Raises:
         UnsupportedModelError: a model or a stage that cannot be followed; nothing was changed.
@@ -126,6 +129,7 @@ class MixingModel(nn.Module):
         num_classes: int,
         label_smoothing: float = 0.0,
         generator: torch.Generator | None = None,
+        backbone: Backbone | None = None,
     ) -> None:
         super().__init__()
         labels = AreaLabels() if labels is None else labels
@@ -135,7 +139,10 @@ class MixingModel(nn.Module):
             raise InputError(f"expected `num_classes` of at least 2, got {num_classes}")
         if not 0.0 <= label_smoothing < 1.0:
             raise InputError(f"expected `label_smoothing` in [0, 1), got {label_smoothing}")
-        backbone = describe(model)
+        _require_kind("backbone", backbone, (Backbone, type(None)))
+        if backbone is None:
+            backbone = describe(model)
+        backbone.require_part_of(model)
         for stage in tokens:
             _require_kind("tokens", stage, (TokenStage,))
             for block in stage.blocks:
@@ -170,10 +177,28 @@ class MixingModel(nn.Module):
         self.label_smoothing = label_smoothing
         self.generator = generator
         self.backbone = backbone
+        self._replays: list[Replay] = []
 
     def detach(self) -> nn.Module:
-        """Return the model. It carries nothing of vitmix: there is nothing to remove."""
+        """Return the model, which carries nothing of vitmix from now on.
+
+        Between calls it carries nothing anyway, except under gradient checkpointing between a
+        forward pass and its backward pass.
+        """
+        for replay in self._replays:
+            replay.remove()
+        self._replays.clear()
         return self.model
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Passes that wait for their backward belong to this process and this copy.
+        return {**self.__dict__, "_replays": []}
+
+    def _forget_finished_passes(self) -> None:
+        for replay in self._replays:
+            if replay.over:
+                replay.remove()
+        self._replays = [replay for replay in self._replays if not replay.over]
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> Any:
         """Mix and run the model.
@@ -227,8 +252,11 @@ class MixingModel(nn.Module):
         first_rule = self.labels if self.labels.known_before_forward else AreaLabels()
         weights = first_rule.weights(evidence)
         flow = self._flow(fed, mixture, mixture.targets(weights, soft), grid)
+        self._forget_finished_passes()
         with flow.armed():
             output = self.model(fed)
+        if flow.replay is not None:
+            self._replays.append(flow.replay)
         logits = logits_of(output)
         self._require_logits(logits)
         if not self.labels.known_before_forward:
@@ -271,7 +299,7 @@ class MixingModel(nn.Module):
                 mixers.setdefault(block, []).append(stage)
                 if getattr(stage, "saliency", None) == "gradient":
                     saliency = gradient_saliency(self.model, self.backbone, block, fed, targets)
-        flow = Flow(
+        return Flow(
             self.backbone,
             mixture,
             targets,
@@ -285,14 +313,8 @@ class MixingModel(nn.Module):
             ),
             gradient_saliency=saliency,
             generator=self.generator,
+            recomputes=self.backbone.recomputes() and torch.is_grad_enabled(),
         )
-        if flow.needed and self.backbone.recomputes():
-            raise UnsupportedModelError(
-                "looked for a model that keeps its activations, found gradient checkpointing: "
-                "its second pass would not be mixed like the first. Turn it off "
-                "(model.set_grad_checkpointing(False)) or use pixel mixing with area labels"
-            )
-        return flow
 
     def _require_logits(self, logits: Any) -> None:
         for head in logits if isinstance(logits, tuple) else (logits,):

@@ -63,6 +63,7 @@ def attend_with_shares(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
+    separate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Fused attention that carries shares along: ``softmax(q k) v`` and ``mean_h(A) @ shares``.
 
@@ -79,6 +80,7 @@ def attend_with_shares(
         dropout_p: attention dropout of the model's own output.
         is_causal: as for ``scaled_dot_product_attention``.
         scale: factor on the products; ``1 / sqrt(d)`` by default.
+        separate: take the second call in any case, so that the model's own call stays as it is.
 
     Returns:
         Output ``(B, H, N, e)``, with gradient, and attended shares ``(B, N, K)``, without.
@@ -91,7 +93,7 @@ def attend_with_shares(
     riders = (shares - centre).to(value.dtype)
     riders = riders[:, None].expand(-1, value.shape[1], -1, -1)
     options: dict[str, Any] = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale}
-    if dropout_p > 0.0 or padded_width(max(width, query.shape[-1]) + extra) > MAX_WIDTH:
+    if separate or dropout_p > 0.0 or padded_width(max(width, query.shape[-1]) + extra) > MAX_WIDTH:
         output = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, **options)
         with torch.no_grad():
             _, attended = attend(query, key, riders[..., :0], riders, **options)

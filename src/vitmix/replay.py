@@ -1,0 +1,138 @@
+"""Gradient checkpointing: do in the second pass exactly what was done in the first.
+
+A checkpointed block forgets its activations and runs again during the backward pass, long after the
+flow has ended. What was mixed must then be mixed again, from the plans of the first pass, and must
+leave the same tensors to the checkpoint; reading attention must have left none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
+
+from vitmix.backbones import Backbone
+from vitmix.tokens import TokenOutcome
+
+__all__ = [
+    "BlockRecord",
+    "Replay",
+    "call_after_backward",
+    "first_tokens",
+    "unseen_by_checkpoint",
+]
+
+
+def unseen_by_checkpoint() -> torch.autograd.graph.saved_tensors_hooks:
+    """Context whose saved tensors are kept as they are: no checkpoint counts or drops them."""
+    return torch.autograd.graph.saved_tensors_hooks(_same, _same)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@dataclass
+class BlockRecord:
+    """What the first pass did at a block.
+
+    Attributes:
+        entered: the block's input, by which a second pass is told from that of another step.
+        outcomes: what was mixed in front of the block.
+        extra: ``(B, M, D)`` tokens appended in front of the attention, or None.
+    """
+
+    entered: TensorWeakRef
+    outcomes: list[TokenOutcome] = field(default_factory=list)
+    extra: Tensor | None = None
+
+
+class Replay:
+    """Hooks for the second pass of one step; gone when its backward pass has reached the input.
+
+    Args:
+        backbone: description of the model.
+        records: what was done, by block.
+    """
+
+    def __init__(self, backbone: Backbone, records: dict[int, BlockRecord]) -> None:
+        self._backbone = backbone
+        self._records = records
+        self._handles: list[Any] = []
+        self._index: int | None = None
+        self._left: int | None = None
+        self._own = 0
+
+    @property
+    def over(self) -> bool:
+        """Whether no second pass can come any more: the graph of the step is gone."""
+        return all(record.entered() is None for record in self._records.values())
+
+    def install(self) -> None:
+        """Register the hooks."""
+        for index, block in enumerate(self._backbone.blocks):
+            keep = self._handles.append
+            enter = partial(self._enter, index)
+            keep(block.module.register_forward_pre_hook(enter, with_kwargs=True))
+            if self._records[index].extra is not None:
+                keep(block.entry.register_forward_pre_hook(self._append))
+                keep(block.attention.register_forward_hook(self._cut))
+            keep(block.module.register_forward_hook(self._leave))
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _enter(
+        self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        record = self._records[index]
+        follows = self._left is not None and self._left == index - 1
+        if args[0] is not record.entered() and not follows:
+            self._index = self._left = None
+            return None
+        self._index, self._left = index, None
+        self._own = args[0].shape[1]
+        tokens = args[0]
+        with unseen_by_checkpoint():
+            for outcome in record.outcomes:
+                tokens = outcome.mix_tokens(tokens, self._backbone.num_prefix_tokens)
+        return (tokens, *args[1:]), kwargs
+
+    def _append(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._index is None:
+            return None
+        extra = self._records[self._index].extra
+        assert extra is not None
+        return (torch.cat((args[0], extra.to(args[0].dtype)), 1), *args[1:])
+
+    def _cut(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return None if self._index is None else first_tokens(output, self._own)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        self._index, self._left = None, self._index
+
+
+def first_tokens(output: Any, count: int) -> Any:
+    """The first tokens of an attention's result, which may be a tuple that starts with it."""
+    if isinstance(output, tuple):
+        return (output[0][:, :count], *output[1:])
+    return output[:, :count]
+
+
+def call_after_backward(tokens: Tensor, action: Callable[[], None]) -> Tensor:
+    """Call ``action`` when the backward pass has reached these tokens; return tokens to go on with.
+
+    Tokens of a frozen embedding get a gradient for this.
+    """
+    if not tokens.requires_grad:
+        tokens = tokens.detach().requires_grad_()
+    tokens.register_hook(lambda gradient: action())  # type: ignore[no-untyped-call]
+    return tokens
