@@ -258,6 +258,27 @@ def test_torchvision_set_that_is_not_there(tmp_path: Path) -> None:
             load_data(TrainConfig(data=name, data_root=str(tmp_path)))
 
 
+def test_torchvision_sets_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision.datasets
+
+    class Fake:
+        classes = ("cat", "dog")
+
+        def __init__(self, root: str, train: bool, download: bool) -> None:
+            assert (root, download) == (str(tmp_path), True)
+            self.targets = [0, 1, 1, 0] if train else [1, 0]
+
+        def __getitem__(self, row: int) -> tuple[Image.Image, int]:
+            return picture(row), self.targets[row]
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Fake)
+    config = TrainConfig(data="torchvision:CIFAR10", data_root=str(tmp_path), download=True)
+    data = load_data(config)
+    assert data.classes == ("cat", "dog")
+    assert data.train.labels.tolist() == [0, 1, 1, 0]
+    assert data.test.labels.tolist() == [1, 0]
+
+
 # --- augmentation
 
 

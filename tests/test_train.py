@@ -18,7 +18,7 @@ from torch import nn
 import vitmix
 from vitmix.errors import InputError
 from vitmix.evaluate.checkpoint import evaluate_checkpoint
-from vitmix.evaluate.compare import compare, parse_seeds
+from vitmix.evaluate.compare import _settings_of, compare, parse_seeds
 from vitmix.evaluate.table import as_markdown, as_text, header, summarise, table_rows
 from vitmix.models import create_model
 from vitmix.plots.curves import read_metrics
@@ -435,6 +435,17 @@ def test_tables_align_and_name_the_reference() -> None:
     lines = as_text(header(summaries), rows).splitlines()
     assert len({line.index("9") for line in lines[2:]}) == 1
     assert as_markdown(header(summaries), rows).count("\n") == 4
+
+
+def test_options_of_one_method_are_kept_from_the_others() -> None:
+    config = TrainConfig(tau=1.0, kappa=2, alpha=0.5)
+    chosen = {name: _settings_of(config, name) for name in ("none", "cutmix", "tokenmixup")}
+    options = {name: (c.tau, c.kappa, c.alpha) for name, c in chosen.items()}
+    assert options == {
+        "none": (None, None, None),
+        "cutmix": (None, None, 0.5),
+        "tokenmixup": (1.0, 2, None),
+    }
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "a", "1,1", "1,-2", ""])

@@ -25,7 +25,7 @@ from vitmix.plots.style import LIGHT, Theme, themed
 from vitmix.train.checkpoint import make_model
 from vitmix.train.data import ImageData, load_data
 from vitmix.train.folder import claim_folder, write_json, write_yaml
-from vitmix.train.methods import build_mixing, in_words, parse_method
+from vitmix.train.methods import build_mixing, in_words, parse_method, unused_options
 from vitmix.train.provenance import commit, versions
 from vitmix.train.run import check_config, default_name, train_run, try_step
 
@@ -84,14 +84,15 @@ def compare(
     Raises:
         InputError: settings that do not fit; nothing was written.
     """
-    if not methods or len(set(methods)) < len(methods):
+    if not methods or len({Path(method).stem for method in methods}) < len(methods):
         raise InputError(
             f"expected --methods to be different methods between commas, got {','.join(methods)!r}"
         )
     check_config(config)
     data = load_data(config)
-    for method in methods:
-        _try_method(replace(config, method=method), data)
+    settled = {method: _settings_of(config, method) for method in methods}
+    for chosen in settled.values():
+        _try_method(chosen, data)
     default = default_name("compare", data.name, config.model)
     folder = claim_folder(config.out, config.name, default, config.overwrite)
     settings = {"methods": ",".join(methods), "seeds": ",".join(map(str, seeds))}
@@ -106,13 +107,18 @@ def compare(
     order = [(seed, method) for seed in seeds for method in sorted(methods, key="none".__ne__)]
     for number, (seed, method) in enumerate(order, 1):
         run = train_run(
-            replace(config, method=method, seed=seed, out=str(folder),
-                    name=f"{Path(method).stem}-seed{seed}", overwrite=False),
+            replace(
+                settled[method],
+                seed=seed,
+                out=str(folder),
+                name=f"{Path(method).stem}-seed{seed}",
+                overwrite=False,
+            ),
             data=data,
             teacher_run=plain.get(seed),
             label=f"[{number}/{len(order)}] {Path(method).stem} seed {seed}  ",
             verbose=False,
-        )  # fmt: skip
+        )
         results[method].append(run.results)
         if method == "none":
             plain[seed] = run.folder
@@ -136,6 +142,12 @@ def compare(
     write_page(page, report)
     print(f"\n{as_text(header(summaries), rows)}\n", flush=True)
     return Comparison(folder, report, summaries)
+
+
+def _settings_of(config: TrainConfig, method: str) -> TrainConfig:
+    """The settings for one of several methods: without options that only others use."""
+    unused: dict[str, Any] = dict.fromkeys(unused_options(parse_method(method)))
+    return replace(config, method=method, **unused)
 
 
 def _try_method(config: TrainConfig, data: ImageData) -> None:

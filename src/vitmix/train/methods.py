@@ -23,7 +23,15 @@ if TYPE_CHECKING:
     import vitmix
     from vitmix.train.config import TrainConfig
 
-__all__ = ["METHODS", "MethodSpec", "Part", "build_mixing", "in_words", "parse_method"]
+__all__ = [
+    "METHODS",
+    "MethodSpec",
+    "Part",
+    "build_mixing",
+    "in_words",
+    "parse_method",
+    "unused_options",
+]
 
 
 @dataclass(frozen=True)
@@ -324,8 +332,8 @@ def _make(class_name: str, args: dict[str, Any]) -> Any:
     return getattr(vitmix, class_name)(**args)
 
 
-def _refuse_unused(spec: MethodSpec, config: TrainConfig) -> None:
-    """An option that the method has no use for is a mistake, not something to pass over."""
+def unused_options(spec: MethodSpec) -> list[str]:
+    """Settings that a method has no use for."""
     names = {part.name for part in spec.tokens}
     used = {
         "alpha": bool(spec.mix) or "manifold" in names,
@@ -335,8 +343,13 @@ def _refuse_unused(spec: MethodSpec, config: TrainConfig) -> None:
         "block": bool(names),
         "vertical_block": "vertical" in names,
     }
-    for option, known in used.items():
-        if getattr(config, option) is not None and not known:
+    return [option for option, known in used.items() if not known]
+
+
+def _refuse_unused(spec: MethodSpec, config: TrainConfig) -> None:
+    """An option that the method has no use for is a mistake, not something to pass over."""
+    for option in unused_options(spec):
+        if getattr(config, option) is not None:
             raise InputError(
                 f"expected a method that uses --{option.replace('_', '-')}, got --method "
                 f"{config.method}; leave the option out or choose another method"

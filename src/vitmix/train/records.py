@@ -149,6 +149,11 @@ def _read_torchvision(name: str, root: Path, download: bool) -> Source:
     def split(arguments: dict[str, Any]) -> Any:
         try:
             return factory(str(root), download=download, **arguments)
+        except OSError as error:
+            raise InputError(
+                f"expected to fetch {class_name} into {root}, failed: {_first_line(error)}; "
+                "check the network and the folder"
+            ) from error
         except RuntimeError as error:
             raise InputError(
                 f"expected {class_name} under {root}, found none; "
