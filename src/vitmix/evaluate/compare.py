@@ -146,7 +146,10 @@ def compare(
 
 def _settings_of(config: TrainConfig, method: str) -> TrainConfig:
     """The settings for one of several methods: without options that only others use."""
-    unused: dict[str, Any] = dict.fromkeys(unused_options(parse_method(method)))
+    spec = parse_method(method)
+    unused: dict[str, Any] = dict.fromkeys(unused_options(spec))
+    if not spec.needs_teacher:
+        unused["teacher"] = "auto"
     return replace(config, method=method, **unused)
 
 

@@ -101,7 +101,7 @@ def learning_curves(
 
 def _zoom(curves: list[list[float]]) -> tuple[float, float]:
     """Limits that leave out the steep beginning, so that the ends can be told apart."""
-    ends = [value for curve in curves for value in curve[len(curve) // 4 :]]
+    ends = [value for curve in curves for value in curve[len(curve) * 2 // 5 :]]
     low, high = min(ends), max(ends)
     margin = max(1.0, 0.15 * (high - low))
     return max(0.0, low - margin), min(100.5, high + margin)

@@ -190,6 +190,8 @@ def _bars(axis: Any, example: Example, theme: Theme) -> None:
     axis.barh(places, weights, color=colours, height=0.5)
     for place, (name, weight) in enumerate(zip(names, weights, strict=True)):
         axis.text(0, place - 0.32, f"{name}  {weight:.0f}%", fontsize=8.5, va="bottom")
+    share = 100 * float(example.own.mean())
+    axis.text(0, len(names) - 0.3, f"{share:.0f}% of the area is own", fontsize=7.5, va="center")
     axis.set_xlim(0, 100)
-    axis.set_ylim(2.4, -0.85)
+    axis.set_ylim(2.9, -0.85)
     axis.axis("off")

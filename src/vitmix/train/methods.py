@@ -348,9 +348,11 @@ def unused_options(spec: MethodSpec) -> list[str]:
 
 def _refuse_unused(spec: MethodSpec, config: TrainConfig) -> None:
     """An option that the method has no use for is a mistake, not something to pass over."""
-    for option in unused_options(spec):
-        if getattr(config, option) is not None:
-            raise InputError(
-                f"expected a method that uses --{option.replace('_', '-')}, got --method "
-                f"{config.method}; leave the option out or choose another method"
-            )
+    given = [option for option in unused_options(spec) if getattr(config, option) is not None]
+    if config.teacher != "auto" and not spec.needs_teacher:
+        given.append("teacher")
+    if given:
+        raise InputError(
+            f"expected a method that uses --{given[0].replace('_', '-')}, got --method "
+            f"{config.method}; leave the option out or choose another method"
+        )

@@ -123,6 +123,8 @@ def train_run(
     trainer = _make_trainer(config, folder, checkpoints, label)
     _fit(trainer, task, loader, make_loader(data, config, train=False), checkpoints)
     seconds = time.perf_counter() - clock
+    if teacher is not None:
+        teacher.cpu()  # as Lightning does with everything else
     last = task.history[-1]
     results = {
         "top1": last["val/top1"],
@@ -215,8 +217,22 @@ def _make_teacher(config: TrainConfig, data: ImageData) -> nn.Module:
                 f"{config.teacher} has {len(trained.classes)} and {trained.img_size}"
             )
         return trained.model
-    from vitmix.models import create_model
+    from vitmix.models import cct_names, create_model
 
+    known = None
+    if config.teacher not in cct_names():
+        import timm
+
+        pretrained = (
+            timm.get_pretrained_cfg(config.teacher) if timm.is_model(config.teacher) else None
+        )
+        known = getattr(pretrained, "num_classes", None)
+    if (known is not None and known != classes) or config.teacher in cct_names():
+        what = f"knows {known} other classes" if known else "comes without weights"
+        raise InputError(
+            f"expected a teacher of the {classes} classes of {data.name}, {config.teacher} {what}; "
+            "train one and give its checkpoint, or use --teacher auto"
+        )
     teacher: nn.Module = create_model(
         config.teacher, num_classes=classes, img_size=data.img_size, pretrained=True
     )
