@@ -79,7 +79,7 @@ class Recorder:
 
 
 def brute_force(
-    mixing: vitmix.MixingModel, out: vitmix.MixOutput, recorder: Recorder, soft: torch.Tensor
+    mixing: vitmix.MixingModel, out: vitmix.MixOutput, recorder: Any, soft: torch.Tensor
 ) -> torch.Tensor:
     """Dense labels through explicit attention, with horizontal and vertical mixing."""
     backbone = mixing.backbone
@@ -126,6 +126,10 @@ def brute_force(
         return labels[:, prefix:].mean(1)
     if backbone.pooling == "average_all":
         return labels.mean(1)
+    if backbone.pooling == "class_and_average":
+        return (labels[:, 0] + labels[:, prefix:].mean(1)) / 2
+    if backbone.pooling == "attention":
+        return (labels[:, -recorder.pool.shape[1] :] * recorder.pool[..., None]).sum(1)
     assert recorder.scores is not None
     return (labels * recorder.scores.detach().softmax(1)).sum(1)
 

@@ -100,9 +100,15 @@ def _describe(name: str, layout: _Layout, model: Any) -> Backbone:
         class_token=layout.prefix > 0,
         pooling=pooling,
         grid=partial(_grid, (patch, patch) if isinstance(patch, int) else tuple(patch)),
-        recomputes=partial(getattr, model, "is_gradient_checkpointing", False),
+        recomputes=partial(getattr, model, _recomputes(model), False),
         vertical_reason=_position(config),
     )
+
+
+def _recomputes(model: Any) -> str:
+    """Name of the property for gradient checkpointing; it changed in transformers 5."""
+    new = "is_activation_checkpointing"
+    return new if hasattr(type(model), new) else "is_gradient_checkpointing"
 
 
 def _position(config: Any) -> Reason:

@@ -1,0 +1,72 @@
+"""Home-made transformers that no library knows: what users pass to ``vitmix.describe`` by hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        size, tokens, width = x.shape
+        parts = self.qkv(x).view(size, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        query, key, value = parts
+        attention = (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(-1)
+        return self.out((attention @ value).transpose(1, 2).reshape(size, tokens, width))
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.norm(x))
+        return x + self.mlp(x)
+
+
+class HandWritten(nn.Module):
+    """Softmax attention by hand, a class token."""
+
+    def __init__(self, size: int, patch: int, width: int, depth: int, classes: int) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, width, patch, patch)
+        self.class_token = nn.Parameter(torch.randn(1, 1, width))
+        self.position = nn.Parameter(torch.randn(1, (size // patch) ** 2 + 1, width))
+        self.layers = nn.ModuleList(Layer(width, 2) for _ in range(depth))
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.embed(images).flatten(2).transpose(1, 2)
+        x = torch.cat((self.class_token.expand(len(x), -1, -1), x), 1) + self.position
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x[:, 0])
+
+
+class FromEncoder(nn.Module):
+    """PyTorch's own encoder, the average of all tokens."""
+
+    def __init__(
+        self, size: int, patch: int, width: int, depth: int, classes: int, norm_first: bool
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, width, patch, patch)
+        self.position = nn.Parameter(torch.randn(1, (size // patch) ** 2, width))
+        layer = nn.TransformerEncoderLayer(
+            width, 2, 2 * width, dropout=0.0, batch_first=True, norm_first=norm_first
+        )
+        self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.embed(images).flatten(2).transpose(1, 2) + self.position
+        return self.head(self.encoder(x).mean(1))

@@ -1,0 +1,91 @@
+"""Explicit attention matrices of any model, from the calls that it makes itself.
+
+Nothing here uses what is tested: the fused function and the softmax of tensors are replaced by ones
+that write down what passes, and ``nn.MultiheadAttention`` is asked for its weights afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import vitmix
+
+
+class CallRecorder:
+    """Attention of every block in the pass that counts, and of a learned query that pools.
+
+    The last call of a block is the real one: a look ahead at its queries and keys comes before.
+    """
+
+    def __init__(self, mixing: vitmix.MixingModel, patch: pytest.MonkeyPatch) -> None:
+        self.attention: dict[int, torch.Tensor] = {}
+        self.pool: torch.Tensor | None = None
+        self.scores: torch.Tensor | None = None
+        self._index: int | None = None
+        self._inside = False
+        self._calls: dict[int, tuple[Any, ...]] = {}
+        self._multihead: dict[int, tuple[nn.MultiheadAttention, torch.Tensor]] = {}
+        self._handles: list[Any] = []
+        self._fused, self._softmax = F.scaled_dot_product_attention, torch.Tensor.softmax
+        patch.setattr(F, "scaled_dot_product_attention", self._on_fused)
+        patch.setattr(torch.Tensor, "softmax", lambda *a, **o: self._on_softmax(*a, **o))
+        for index, block in enumerate(mixing.backbone.blocks):
+            inner = block.attention
+            self._handles += [
+                inner.register_forward_pre_hook(lambda m, a, index=index: self._set(index)),
+                inner.register_forward_hook(lambda m, a, o: self._set(None)),
+            ]
+            for part in block.module.modules():
+                if isinstance(part, nn.MultiheadAttention):
+                    self._handles.append(
+                        part.register_forward_pre_hook(
+                            lambda m, a, index=index: self._multihead.update({index: (m, a[0])})
+                        )
+                    )
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for index, (query, key, mask, scale) in self._calls.items():
+            self.attention[index] = explicit(query, key, mask, scale)
+        with torch.no_grad():
+            for index, (module, x) in self._multihead.items():
+                self.attention[index] = module(x, x, x, average_attn_weights=False)[1]
+
+    def _set(self, index: int | None) -> None:
+        self._index = index
+
+    def _on_fused(self, query: Any, key: Any, value: Any, *args: Any, **options: Any) -> Any:
+        if self._inside:
+            return self._fused(query, key, value, *args, **options)
+        assert not args
+        call = (query.detach(), key.detach(), options.get("attn_mask"), options.get("scale"))
+        if self._index is not None:
+            self._calls[self._index] = call
+        elif query.shape[-2] == 1:
+            self.pool = explicit(*call).mean(1)[:, 0]
+        self._inside = True
+        try:
+            return self._fused(query, key, value, **options)
+        finally:
+            self._inside = False
+
+    def _on_softmax(self, scores: Any, *args: Any, **options: Any) -> Any:
+        result = self._softmax(scores, *args, **options)
+        if self._index is not None and result.ndim == 4:
+            self.attention[self._index] = result.detach()
+        return result
+
+
+def explicit(query: Any, key: Any, mask: Any, scale: float | None) -> torch.Tensor:
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = torch.einsum("bhnd,bhmd->bhnm", query, key) * scale
+    scores = scores if mask is None else scores + mask.detach()
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return weights / weights.sum(-1, keepdim=True)
