@@ -240,12 +240,43 @@ def test_what_is_described(family: str) -> None:
     assert (backbone.depth, backbone.embed_dim) == (4, 32)
 
 
-def test_huggingface_recomputation_is_seen() -> None:
-    model: Any = MORE_FAMILIES["hf-vit"]()
-    backbone = vitmix.describe(model)
-    assert not backbone.recomputes()
-    model.gradient_checkpointing_enable()
-    assert backbone.recomputes()
+CHECKPOINTED = {
+    "eva-grouped": "all-but-vertical",
+    "hf-beit": "all-but-vertical",
+    "hf-data2vec-eager": "everything",
+    "hf-dinov2": "everything",
+    "hf-vit": "everything",
+    "naflex": "everything",
+}
+
+
+@pytest.mark.parametrize("family", CHECKPOINTED)
+def test_gradient_checkpointing(family: str) -> None:
+    """Gradients equal those without; transformers runs a layer again inside its hooks."""
+    found = []
+    for checkpointed in (False, True):
+        mixing = make(family, CHECKPOINTED[family]).train()
+        model: Any = mixing.model
+        if checkpointed and hasattr(model, "set_grad_checkpointing"):
+            model.set_grad_checkpointing()
+        elif checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        assert mixing.backbone.recomputes() is checkpointed
+        torch.manual_seed(1)
+        mixing(*batch()).loss().backward()
+        assert hooks(model) == 0
+        found.append([p.grad for p in mixing.parameters() if p.grad is not None])
+    for expected, observed in zip(*found, strict=True):
+        torch.testing.assert_close(observed, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    mixing = make("hf-vit", "vertical").train()
+    model: Any = mixing.model
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(vitmix.UnsupportedModelError, match="use_reentrant=False"):
+        mixing(*batch())
+    assert hooks(model) == 0
 
 
 def test_attention_that_cannot_be_read_is_refused() -> None:

@@ -195,7 +195,9 @@ class Flow:
         self._appended = torch.cat([shares for _, shares in parts], 1)
         extra = torch.cat([tokens.to(args[0].dtype) for tokens, _ in parts], 1)
         if self._recomputes:
-            self._records[self._index].extra = extra
+            _require_graph()
+            record = self._records[self._index]
+            record.extra, record.extended = extra, TensorWeakRef(args[0])
         return (torch.cat((args[0], extra), 1), *args[1:])
 
     def _cut(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -222,11 +224,7 @@ class Flow:
 
     def _record(self, index: int, tokens: Tensor) -> Tensor:
         """Remember a block's input for the second pass."""
-        if not torch.is_grad_enabled():
-            raise UnsupportedModelError(
-                "looked for gradient checkpointing that keeps the graph, found the reentrant kind: "
-                "turn it on with use_reentrant=False"
-            )
+        _require_graph()
         if not self._records:
             self.replay = Replay(self.backbone, self._records)
         self._records[index] = BlockRecord(TensorWeakRef(tokens))
@@ -285,8 +283,13 @@ class Flow:
         self._paused = True
         try:
             ahead = [block.module for block in self.backbone.blocks[index : index + steps + 1]]
+            # Dropout in these extra passes must not shift that of the real one.
+            devices = [tokens.device] if tokens.device.type == "cuda" else []
+            own_draws = torch.random.fork_rng(devices, enabled=steps > 0 or self._recomputes)
             if steps == 0:
-                return self._saliency_of(read_query_key(ahead[0], tokens, run), tokens.shape[1])
+                with own_draws:
+                    found = read_query_key(ahead[0], tokens, run)
+                return self._saliency_of(found, tokens.shape[1])
             if any(isinstance(value, Tensor) for value in (*run.args[0], *run.args[1].values())):
                 raise UnsupportedModelError(
                     "looked for blocks that take tokens alone, found further tensors given to "
@@ -294,9 +297,7 @@ class Flow:
                     "blocks are given. Use saliency='attention'"
                 )
             maps = []
-            # Dropout in these extra passes must not shift that of the real one.
-            devices = [tokens.device] if tokens.device.type == "cuda" else []
-            with torch.random.fork_rng(devices):
+            with own_draws:
                 for module in ahead:
                     tokens, attention = read_attention(module, tokens, run)
                     maps.append(attention)
@@ -471,6 +472,15 @@ def _forward(
     output: Any = block.forward(tokens, *args, **kwargs)
     result: Tensor = output[0] if isinstance(output, tuple) else output
     return result
+
+
+def _require_graph() -> None:
+    """Check that a first pass under gradient checkpointing keeps its graph."""
+    if not torch.is_grad_enabled():
+        raise UnsupportedModelError(
+            "looked for gradient checkpointing that keeps the graph, found the reentrant kind: "
+            "turn it on with use_reentrant=False"
+        )
 
 
 def _rows(values: Tensor, index: Tensor) -> Tensor:

@@ -45,11 +45,14 @@ class BlockRecord:
         entered: the block's input, by which a second pass is told from that of another step.
         outcomes: what was mixed in front of the block.
         extra: ``(B, M, D)`` tokens appended in front of the attention, or None.
+        extended: the tokens that they were appended to. A checkpoint inside the block's own hooks
+            (transformers) runs again from these, and calls no hook of the block.
     """
 
     entered: TensorWeakRef
     outcomes: list[TokenOutcome] = field(default_factory=list)
     extra: Tensor | None = None
+    extended: TensorWeakRef | None = None
 
 
 class Replay:
@@ -67,6 +70,7 @@ class Replay:
         self._index: int | None = None
         self._left: int | None = None
         self._own = 0
+        self._inside = False
 
     @property
     def over(self) -> bool:
@@ -80,7 +84,7 @@ class Replay:
             enter = partial(self._enter, index)
             keep(block.module.register_forward_pre_hook(enter, with_kwargs=True))
             if self._records[index].extra is not None:
-                keep(block.entry.register_forward_pre_hook(self._append))
+                keep(block.entry.register_forward_pre_hook(partial(self._append, index)))
                 keep(block.attention.register_forward_hook(self._cut))
             keep(block.module.register_forward_hook(self._leave))
 
@@ -106,15 +110,22 @@ class Replay:
                 tokens = outcome.mix_tokens(tokens, self._backbone.num_prefix_tokens)
         return (tokens, *args[1:]), kwargs
 
-    def _append(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _append(
+        self, index: int, module: nn.Module, args: tuple[Any, ...]
+    ) -> tuple[Any, ...] | None:
+        record = self._records[index]
         if self._index is None:
-            return None
-        extra = self._records[self._index].extra
-        assert extra is not None
-        return (torch.cat((args[0], extra.to(args[0].dtype)), 1), *args[1:])
+            if record.extended is None or args[0] is not record.extended():
+                return None
+            self._own, self._inside = args[0].shape[1], True
+        assert record.extra is not None
+        return (torch.cat((args[0], record.extra.to(args[0].dtype)), 1), *args[1:])
 
     def _cut(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return None if self._index is None else first_tokens(output, self._own)
+        if self._index is None and not self._inside:
+            return None
+        self._inside = False
+        return first_tokens(output, self._own)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         self._index, self._left = None, self._index
