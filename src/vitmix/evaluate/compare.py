@@ -186,10 +186,13 @@ def _page(
     seeds: Sequence[int],
 ) -> Page:
     runs = f"{len(seeds)} seeds, mean ± standard deviation" if len(seeds) > 1 else "one seed"
+    share = min(max(row["top1"] for row in summaries) / 100, 0.99)
+    chance = 100 * 2 * (2 * share * (1 - share) / (len(data.test) * len(seeds))) ** 0.5
     page = Page(
         title=f"{len(summaries)} ways of mixing on {data.name}",
         summary=f"{config.model} trained for {config.epochs} epochs on {len(data.train)} images, "
-        f"tested on {len(data.test)}; {runs}. Figures are those of the last epoch.",
+        f"tested on {len(data.test)}; {runs}. Figures are those of the last epoch. With so many test "
+        f"images, differences up to about {chance:.1f} points may be chance.",
         header=header(summaries),
         rows=table_rows(summaries),
         best=best_row(summaries),
