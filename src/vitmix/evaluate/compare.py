@@ -191,8 +191,8 @@ def _page(
     page = Page(
         title=f"{len(summaries)} ways of mixing on {data.name}",
         summary=f"{config.model} trained for {config.epochs} epochs on {len(data.train)} images, "
-        f"tested on {len(data.test)}; {runs}. Figures are those of the last epoch. With so many test "
-        f"images, differences up to about {chance:.1f} points may be chance.",
+        f"tested on {len(data.test)}; {runs}. Figures are those of the last epoch. With so many "
+        f"test images, differences up to about {chance:.1f} points may be chance.",
         header=header(summaries),
         rows=table_rows(summaries),
         best=best_row(summaries),
