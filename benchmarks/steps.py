@@ -72,7 +72,7 @@ def make_step(variant: str, name: str, batch: int, size: int, device: str, bf16:
                 loss = torch.nn.functional.cross_entropy(model(images), targets)
             else:
                 loss = mixing(images, targets).loss()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
         if device == "cuda":
