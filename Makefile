@@ -6,6 +6,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Test processes; each uses one thread.
 JOBS ?= 2
+# Threads that wait should not spin: on shared cores that takes several times as long.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test check format clean
 
