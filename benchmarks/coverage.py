@@ -1,8 +1,9 @@
 """Which of timm's registered architectures does vitmix support?
 
-Makes every one on the meta device (shapes without numbers), describes it, and prints a table by
-class: how many are supported, how many of those take vertical mixing and aligned labels too, and
-why the others are refused. About two minutes on one CPU core.
+Makes every one on the meta device (shapes without numbers), describes it, and runs those described
+once: every block must be given the tokens that the description promises, and attend once over all
+of them. Prints a table by class: how many are supported, how many of those take aligned labels and
+vertical mixing, and why the others are refused. About ten minutes on one CPU core.
 
     python benchmarks/coverage.py
     python benchmarks/coverage.py "vit_*" --names
@@ -11,14 +12,18 @@ why the others are refused. About two minutes on one CPU core.
 from __future__ import annotations
 
 import argparse
+import re
 import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from typing import Any
 
 import timm
 import torch
+from torch import Tensor, nn
 
 import vitmix
+from vitmix.attention import AttentionCall, AttentionTap
 
 
 @dataclass
@@ -26,7 +31,7 @@ class Row:
     """Counts of one class of models.
 
     Attributes:
-        supported: described.
+        supported: described, and true to it in a pass.
         vertical: of those, blocks can attend to collected tokens.
         aligned: of those, shares can be followed to the output.
         refused: names, with the reason.
@@ -39,9 +44,59 @@ class Row:
 
 
 def reason_of(error: vitmix.UnsupportedModelError) -> str:
-    """What was found, without what was looked for."""
-    found = str(error).lower().split(" found ", 1)[-1]
-    return found.split(" with children")[0].split(". ")[0]
+    """What was found, without what was looked for and without the model's own name."""
+    found = re.split(r"(?i) found ", str(error), maxsplit=1)[-1]
+    if not found.startswith("timm.models."):
+        return found.split(". ")[0]
+    known = re.search(r" \((.*)\) with children", found)
+    return known.group(1) if known else "of no supported family"
+
+
+def check(model: Any, backbone: vitmix.Backbone) -> None:
+    """Run a model on the meta device and compare what passes with its description.
+
+    Raises:
+        vitmix.UnsupportedModelError: other tokens, or other attention than described.
+    """
+    size = model.default_cfg["input_size"]
+    rows, columns = backbone.grid(size[1:])
+    tokens = backbone.num_prefix_tokens + rows * columns
+    entered: list[tuple[int, ...]] = []
+    attended: list[tuple[int, ...]] = []
+    inside: list[bool] = [False]
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        entered.append(tuple(args[0].shape))
+        inside[0] = True
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        inside[0] = False
+
+    def fused(call: AttentionCall) -> Tensor:
+        if inside[0]:
+            attended.append((call.query.shape[-2], call.key.shape[-2]))
+        return call.run()
+
+    def softmax(attention: Tensor) -> None:
+        if inside[0]:
+            attended.append((attention.shape[-2], attention.shape[-1]))
+
+    handles = []
+    for block in backbone.blocks:
+        handles.append(block.module.register_forward_pre_hook(enter))
+        handles.append(block.module.register_forward_hook(leave))
+    with torch.no_grad(), AttentionTap(fused, softmax):
+        model(torch.empty(2, *size, device="meta"))
+    for handle in handles:
+        handle.remove()
+    if entered != [(2, tokens, backbone.embed_dim)] * backbone.depth:
+        raise vitmix.UnsupportedModelError(
+            f"looked for {tokens} tokens at each block, found {sorted(set(entered))}"
+        )
+    if attended != [(tokens, tokens)] * backbone.depth:
+        raise vitmix.UnsupportedModelError(
+            f"looked for {tokens} x {tokens} attention in each block, found {sorted(set(attended))}"
+        )
 
 
 def survey(pattern: str) -> dict[str, Row]:
@@ -53,6 +108,7 @@ def survey(pattern: str) -> dict[str, Row]:
         row = rows[type(model).__name__]
         try:
             backbone = vitmix.describe(model)
+            check(model, backbone)
         except vitmix.UnsupportedModelError as error:
             row.refused[name] = reason_of(error)
             continue

@@ -6,16 +6,18 @@ import copy
 import itertools
 import pickle
 import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitmix
 from home_made import FromEncoder, HandWritten
-from models import NUM_CLASSES, SIZE, batch, make_vit
+from models import FAMILIES, NUM_CLASSES, SIZE, batch, make_vit
 from more_models import (
     BACKBONES,
     MORE_FAMILIES,
@@ -115,6 +117,57 @@ def test_following_shares_changes_nothing_else(family: str) -> None:
         mixing.model.named_parameters(), plain.parameters(), strict=True
     ):
         torch.testing.assert_close(found.grad, expected.grad, atol=1e-3, rtol=1e-3, msg=name)
+
+
+class Kernels(TorchDispatchMode):
+    """Counts fused attention, and softmaxes that would stand for attention in pieces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for kernel in ("scaled_dot_product", "_softmax"):
+            self.counts[kernel] += kernel in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+def test_fused_attention_stays_on(family: str) -> None:
+    """Following shares calls the kernels that the model alone calls, as often."""
+    mixing = make(family, "tl-align").train()
+    images, targets = batch()
+    with Kernels() as plain:
+        mixing.model(images)
+    with Kernels() as mixed:
+        mixing(images, targets)
+    assert sum(plain.counts.values()) >= mixing.backbone.depth
+    pools = mixing.backbone.pooling == "attention"  # reads its one row of attention
+    plain.counts["_softmax"] += pools
+    assert mixed.counts == plain.counts
+
+
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+def test_bfloat16_autocast(family: str) -> None:
+    mixing = make(family, "all-but-vertical" if family in POSITION_BIASED else "everything")
+    images, targets = batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = mixing.train()(images, targets)
+        loss = out.loss()
+    assert out.targets.dtype == torch.float32
+    torch.testing.assert_close(out.targets.sum(1), torch.ones(len(images)))
+    loss.backward()
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("family", ["naflex", "naflex-rope", "deepseek", "gemma4", "hf-dinov2"])
+def test_sizes_that_change(family: str) -> None:
+    mixing = make(family, "all-but-vertical").train()
+    for size in ((48, 32), (32, 64)):
+        images = torch.randn(4, 3, *size)
+        out = mixing(images, torch.tensor([0, 1, 2, 3]))
+        assert out.trace.horizontal[1].replace.shape == (4, size[0] * size[1] // 64)
+        out.loss().backward()
 
 
 @pytest.mark.parametrize("family", MORE_FAMILIES)
@@ -238,6 +291,37 @@ def test_what_is_described(family: str) -> None:
     assert found == EXPECTED[family]
     assert backbone.grid((SIZE, SIZE)) == (4, 4)
     assert (backbone.depth, backbone.embed_dim) == (4, 32)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
+def test_described_pooling_is_what_reaches_the_logits(family: str) -> None:
+    """The tokens with a gradient are those that the description pools."""
+    torch.manual_seed(0)
+    model, options = (FAMILIES[family](), {}) if family in FAMILIES else make_family(family)
+    unsettle(model)
+    backbone = options.get("backbone") or vitmix.describe(model)
+    last: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        last.append(output[0] if isinstance(output, tuple) else output)
+        last[0].retain_grad()
+
+    backbone.blocks[-1].module.register_forward_hook(keep)
+    logits_of(model.eval()(batch()[0])).square().sum().backward()
+    assert last[0].grad is not None
+    reached = set(last[0].grad.abs().sum((0, 2)).nonzero().flatten().tolist())
+    first, tokens = backbone.num_prefix_tokens, last[0].shape[1]
+    images = set(range(first, tokens))
+    expected = {
+        "class_token": {0},
+        "distilled": {0, 1},
+        "average": images,
+        "average_all": set(range(tokens)),
+        "class_and_average": {0} | images,
+        "sequence": images,
+        "attention": set(range(tokens)) if backbone.pool_prefix else images,
+    }
+    assert reached == expected[backbone.pooling]
 
 
 CHECKPOINTED = {

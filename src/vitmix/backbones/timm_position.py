@@ -20,7 +20,6 @@ from vitmix.backbones.timm_parts import (
     pooling_of,
     require_all_tokens,
 )
-from vitmix.errors import UnsupportedModelError
 
 __all__ = ["LOOKS_FOR", "describe"]
 
@@ -74,12 +73,13 @@ def _describe(family: str, vit: Any) -> Backbone:
 
 
 def _describe_classifier(family: str, model: Any) -> Backbone:
-    if model.encoder_pool not in ("", "none"):
-        raise UnsupportedModelError(
-            f"looked for a {family} that classifies its image tokens (encoder_pool=''), found "
-            f"encoder_pool={model.encoder_pool!r}. The model was not changed."
-        )
+    # Tokens merged cell by cell ("merge", "soft") still count alike in the average of all cells.
     pooling, reason = pooling_of(model)
+    if model.encoder_pool == "align":
+        reason = (
+            "encoder_pool='align', whose cells at the border hold fewer tokens than others; "
+            "use encoder_pool=''"
+        )
     encoder = model.encoder
     grid = (
         grid_of(encoder.patch_embed)
