@@ -222,3 +222,7 @@ def unsettle(model: nn.Module) -> None:
     """Move all weights away from where they begin, for attention far from uniform."""
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.2)
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output.logits

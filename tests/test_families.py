@@ -1,33 +1,21 @@
-"""The contract of ``MixingModel`` and the brute force over all plain families."""
+"""The contract of ``MixingModel`` over all plain families."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 import pickle
-import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitmix
-from home_made import FromEncoder, HandWritten
-from models import FAMILIES, NUM_CLASSES, SIZE, batch, make_vit
-from more_models import (
-    BACKBONES,
-    MORE_FAMILIES,
-    POSITION_BIASED,
-    make_family,
-    make_huggingface,
-    unsettle,
-)
-from recorders import CallRecorder
-from test_alignment_models import PIXELS, Recorder, brute_force
+from models import NUM_CLASSES, batch
+from more_models import MORE_FAMILIES, POSITION_BIASED, logits_of, make_family, unsettle
 from test_mixing import METHODS, hooks, horizontal
 
 pytest.importorskip("timm")
@@ -66,10 +54,6 @@ def make(family: str, method: str) -> vitmix.MixingModel:
         **options,
         **CONTRACT[method](),
     )
-
-
-def logits_of(output: Any) -> torch.Tensor:
-    return output if isinstance(output, torch.Tensor) else output.logits
 
 
 @pytest.mark.parametrize(("family", "method"), ALL)
@@ -203,127 +187,6 @@ def test_rollout_is_refused_where_blocks_are_given_more_than_tokens() -> None:
     assert hooks(model) == 0
 
 
-@pytest.mark.parametrize("family", MORE_FAMILIES)
-@pytest.mark.parametrize(("pixels", "with_tokens"), [("box", False), ("box", True), ("none", True)])
-def test_aligned_labels_equal_dense_labels(
-    family: str, pixels: str, with_tokens: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.manual_seed(0)
-    model, options = make_family(family)
-    unsettle(model)
-    tokens: list[vitmix.TokenStage] = []
-    if with_tokens:
-        tokens = [horizontal(rho=0.001)]
-        if family not in POSITION_BIASED:
-            tokens.append(vitmix.VerticalTokenMixup(block=2, kappa=3))
-    mixing = vitmix.MixingModel(
-        model,
-        mix=PIXELS[pixels](),
-        labels=vitmix.TokenAlignedLabels(),
-        tokens=tokens,
-        num_classes=NUM_CLASSES,
-        label_smoothing=0.1,
-        **options,
-    ).train()
-    images, targets = batch()
-    recorder = record(family, mixing, monkeypatch)
-    out = mixing(images, targets)
-    recorder.close()
-    soft = vitmix.functional.smooth_targets(targets, NUM_CLASSES, 0.1)
-    expected = brute_force(mixing, out, recorder, soft)
-    torch.testing.assert_close(out.targets, expected, atol=1e-5, rtol=0)
-    if pixels != "none":
-        area = vitmix.functional.mix_targets(soft, out.trace.pixels.partner, out.trace.pixels.lam)
-        assert (out.targets - area).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("family", MORE_FAMILIES)
-def test_attention_labels_equal_explicit_attention(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.manual_seed(0)
-    model, options = make_family(family)
-    unsettle(model)
-    mixing = vitmix.MixingModel(
-        model,
-        mix=vitmix.TokenMix(),
-        labels=vitmix.AttentionLabels(),
-        num_classes=NUM_CLASSES,
-        **options,
-    ).train()
-    recorder = record(family, mixing, monkeypatch)
-    out = mixing(*batch())
-    recorder.close()
-    prefix = mixing.backbone.num_prefix_tokens
-    last = recorder.attention[mixing.backbone.depth - 1].mean(1)
-    row = last[:, 0, prefix:] if mixing.backbone.class_token else last[:, prefix:, prefix:].mean(1)
-    row = row / row.sum(1, keepdim=True)
-    own = (row * out.trace.pixels.own.flatten(1)).sum(1)
-    torch.testing.assert_close(out.trace.weights[:, 0], own, atol=1e-6, rtol=0)
-
-
-def record(family: str, mixing: vitmix.MixingModel, patch: pytest.MonkeyPatch) -> Any:
-    """The softmax method of a tensor cannot be replaced: that attention from its projections."""
-    return Recorder(mixing) if family == "hand-written" else CallRecorder(mixing, patch)
-
-
-EXPECTED = {
-    "eva-rope": ("class_token", 3, True),
-    "eva-mixed-rope": ("average", 0, False),
-    "eva-post-norm": ("attention", 1, True),
-    "hf-deit": ("class_token", 2, True),
-    "hf-deit-teacher": ("distilled", 2, True),
-    "hf-beit": ("average", 1, True),
-    "hf-beit-no-bias": ("class_token", 1, True),
-    "hf-dinov2": ("class_and_average", 1, True),
-    "hf-dinov2-registers": ("class_and_average", 4, True),
-    "hf-ijepa": ("average", 0, False),
-    "hand-written": ("class_token", 1, True),
-    "encoder-norm-first": ("average", 0, False),
-}
-
-
-@pytest.mark.parametrize("family", EXPECTED)
-def test_what_is_described(family: str) -> None:
-    model, options = make_family(family)
-    backbone = options.get("backbone") or vitmix.describe(model)
-    found = (backbone.pooling, backbone.num_prefix_tokens, backbone.class_token)
-    assert found == EXPECTED[family]
-    assert backbone.grid((SIZE, SIZE)) == (4, 4)
-    assert (backbone.depth, backbone.embed_dim) == (4, 32)
-
-
-@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
-def test_described_pooling_is_what_reaches_the_logits(family: str) -> None:
-    """The tokens with a gradient are those that the description pools."""
-    torch.manual_seed(0)
-    model, options = (FAMILIES[family](), {}) if family in FAMILIES else make_family(family)
-    unsettle(model)
-    backbone = options.get("backbone") or vitmix.describe(model)
-    last: list[torch.Tensor] = []
-
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        last.append(output[0] if isinstance(output, tuple) else output)
-        last[0].retain_grad()
-
-    backbone.blocks[-1].module.register_forward_hook(keep)
-    logits_of(model.eval()(batch()[0])).square().sum().backward()
-    assert last[0].grad is not None
-    reached = set(last[0].grad.abs().sum((0, 2)).nonzero().flatten().tolist())
-    first, tokens = backbone.num_prefix_tokens, last[0].shape[1]
-    images = set(range(first, tokens))
-    expected = {
-        "class_token": {0},
-        "distilled": {0, 1},
-        "average": images,
-        "average_all": set(range(tokens)),
-        "class_and_average": {0} | images,
-        "sequence": images,
-        "attention": set(range(tokens)) if backbone.pool_prefix else images,
-    }
-    assert reached == expected[backbone.pooling]
-
-
 CHECKPOINTED = {
     "eva-grouped": "all-but-vertical",
     "hf-beit": "all-but-vertical",
@@ -361,139 +224,3 @@ def test_reentrant_checkpointing_is_refused() -> None:
     with pytest.raises(vitmix.UnsupportedModelError, match="use_reentrant=False"):
         mixing(*batch())
     assert hooks(model) == 0
-
-
-def test_attention_that_cannot_be_read_is_refused() -> None:
-    model = make_huggingface("ViT")
-    model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(vitmix.UnsupportedModelError, match=r"sdpa.*found 'flash_attention_2'"):
-        vitmix.describe(model)
-
-
-def test_no_library_is_imported() -> None:
-    """Families are found among modules already imported: a home-made model imports none."""
-    import subprocess
-
-    code = (
-        "import sys, torch, vitmix\n"
-        "try:\n    vitmix.describe(torch.nn.Linear(1, 1))\n"
-        "except vitmix.UnsupportedModelError as error:\n    assert 'Linear' in str(error)\n"
-        "assert not {'timm', 'transformers', 'torchvision'} & set(sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-# Home-made models.
-
-
-def by_hand(**options: Any) -> vitmix.Backbone:
-    model = HandWritten(SIZE, 8, 32, 2, NUM_CLASSES)
-    arguments = {
-        "blocks": list(model.layers),
-        "grid": (4, 4),
-        "embed_dim": 32,
-        "num_prefix_tokens": 1,
-        **options,
-    }
-    return vitmix.describe(model, **arguments)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"grid": None}, "expected `grid`"),
-        ({"embed_dim": None}, "`embed_dim`"),
-        ({"embed_dim": 0}, "`embed_dim` of at least 1"),
-        ({"grid": (4,)}, r"rows, columns.*got \(4,\)"),
-        ({"grid": (4, 0)}, r"got \(4, 0\)"),
-        ({"pooling": "best"}, "got 'best'"),
-        ({"pooling": "distilled"}, "at least 2"),
-        ({"pooling": "class_token", "class_token": False}, "class token"),
-        ({"pooling": "sequence"}, "`pool_scores`"),
-        ({"num_prefix_tokens": 0, "class_token": True}, "`num_prefix_tokens` of at least 1"),
-        ({"num_prefix_tokens": -1}, "at least 0"),
-        ({"blocks": []}, "at least one"),
-        ({"blocks": ["layers.0"]}, "got str at 0"),
-        ({"blocks": None}, "expected `blocks`"),
-    ],
-)
-def test_bad_descriptions(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(vitmix.InputError, match=message):
-        by_hand(**options)
-
-
-def test_blocks_of_another_model_are_refused() -> None:
-    model, other = (HandWritten(SIZE, 8, 32, 2, NUM_CLASSES) for _ in range(2))
-    with pytest.raises(vitmix.UnsupportedModelError, match=r"block 1 .* found a Layer"):
-        vitmix.describe(model, blocks=[model.layers[0], other.layers[1]], grid=(4, 4), embed_dim=32)
-    with pytest.raises(vitmix.UnsupportedModelError, match="two places"):
-        vitmix.describe(model, blocks=[model.layers[0]] * 2, grid=(4, 4), embed_dim=32)
-    with pytest.raises(vitmix.UnsupportedModelError, match="not part"):
-        vitmix.MixingModel(model, num_classes=NUM_CLASSES, backbone=vitmix.describe(make_vit()))
-    with pytest.raises(vitmix.InputError, match="`backbone`"):
-        vitmix.MixingModel(model, num_classes=NUM_CLASSES, backbone=[])  # type: ignore[arg-type]
-
-
-def test_sequences_first_are_refused() -> None:
-    layers = [nn.TransformerEncoderLayer(32, 2, 64)]
-    with pytest.raises(vitmix.UnsupportedModelError, match="batch_first=False"):
-        vitmix.describe(nn.Sequential(*layers), blocks=layers, grid=(4, 4), embed_dim=32)
-
-
-def test_a_wrong_grid_is_found_at_the_first_block() -> None:
-    model = FromEncoder(SIZE, 8, 32, 2, NUM_CLASSES, norm_first=True)
-    backbone = vitmix.describe(model, blocks=list(model.encoder.layers), grid=(5, 5), embed_dim=32)
-    mixing = vitmix.MixingModel(
-        model,
-        mix=vitmix.CutMix(),
-        labels=vitmix.TokenAlignedLabels(),
-        num_classes=NUM_CLASSES,
-        backbone=backbone,
-    )
-    with pytest.raises(vitmix.UnsupportedModelError, match=r"\(6, 25, D\) .* found \(6, 16, 32\)"):
-        mixing.train()(*batch())
-    assert hooks(model) == 0
-
-
-def test_a_home_made_bias_refuses_vertical_mixing() -> None:
-    model: Any = MORE_FAMILIES["hand-written"]()
-    backbone = vitmix.describe(
-        model,
-        blocks=list(model.layers),
-        grid=(4, 4),
-        embed_dim=32,
-        num_prefix_tokens=1,
-        vertical_reason="a position bias of our own",
-    )
-    with pytest.raises(vitmix.UnsupportedModelError, match="of our own"):
-        vitmix.MixingModel(
-            model,
-            tokens=[vitmix.VerticalTokenMixup(block=1, kappa=3)],
-            num_classes=NUM_CLASSES,
-            backbone=backbone,
-        )
-
-
-def test_whole_blocks_give_what_their_parts_give() -> None:
-    """Vertical mixing around a whole block equals vertical mixing around its attention."""
-    torch.manual_seed(0)
-    model: Any = MORE_FAMILIES["hand-written"]()
-    results = []
-    for blocks in (None, list(model.layers)):
-        backbone = BACKBONES["hand-written"](model)
-        if blocks is not None:
-            backbone = vitmix.describe(
-                model, blocks=blocks, grid=(4, 4), embed_dim=32, num_prefix_tokens=1
-            )
-        mixing = vitmix.MixingModel(
-            model,
-            labels=vitmix.TokenAlignedLabels(),
-            mix=vitmix.CutMix(),
-            tokens=[vitmix.VerticalTokenMixup(block=2, kappa=3)],
-            num_classes=NUM_CLASSES,
-            backbone=backbone,
-            generator=torch.Generator().manual_seed(0),
-        )
-        results.append(mixing.train()(*batch()))
-    torch.testing.assert_close(results[0].logits, results[1].logits)
-    torch.testing.assert_close(results[0].targets, results[1].targets)

@@ -1,0 +1,94 @@
+"""What ``describe`` finds in models of all families, and what it refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import vitmix
+from models import FAMILIES, SIZE, batch
+from more_models import MORE_FAMILIES, logits_of, make_family, make_huggingface, unsettle
+
+pytest.importorskip("timm")
+pytest.importorskip("transformers")
+pytest.importorskip("torchvision")
+
+
+EXPECTED = {
+    "eva-rope": ("class_token", 3, True),
+    "eva-mixed-rope": ("average", 0, False),
+    "eva-post-norm": ("attention", 1, True),
+    "hf-deit": ("class_token", 2, True),
+    "hf-deit-teacher": ("distilled", 2, True),
+    "hf-beit": ("average", 1, True),
+    "hf-beit-no-bias": ("class_token", 1, True),
+    "hf-dinov2": ("class_and_average", 1, True),
+    "hf-dinov2-registers": ("class_and_average", 4, True),
+    "hf-ijepa": ("average", 0, False),
+    "hand-written": ("class_token", 1, True),
+    "encoder-norm-first": ("average", 0, False),
+}
+
+
+@pytest.mark.parametrize("family", EXPECTED)
+def test_what_is_described(family: str) -> None:
+    model, options = make_family(family)
+    backbone = options.get("backbone") or vitmix.describe(model)
+    found = (backbone.pooling, backbone.num_prefix_tokens, backbone.class_token)
+    assert found == EXPECTED[family]
+    assert backbone.grid((SIZE, SIZE)) == (4, 4)
+    assert (backbone.depth, backbone.embed_dim) == (4, 32)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
+def test_described_pooling_is_what_reaches_the_logits(family: str) -> None:
+    """The tokens with a gradient are those that the description pools."""
+    torch.manual_seed(0)
+    model, options = (FAMILIES[family](), {}) if family in FAMILIES else make_family(family)
+    unsettle(model)
+    backbone = options.get("backbone") or vitmix.describe(model)
+    last: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        last.append(output[0] if isinstance(output, tuple) else output)
+        last[0].retain_grad()
+
+    backbone.blocks[-1].module.register_forward_hook(keep)
+    logits_of(model.eval()(batch()[0])).square().sum().backward()
+    assert last[0].grad is not None
+    reached = set(last[0].grad.abs().sum((0, 2)).nonzero().flatten().tolist())
+    first, tokens = backbone.num_prefix_tokens, last[0].shape[1]
+    images = set(range(first, tokens))
+    expected = {
+        "class_token": {0},
+        "distilled": {0, 1},
+        "average": images,
+        "average_all": set(range(tokens)),
+        "class_and_average": {0} | images,
+        "sequence": images,
+        "attention": set(range(tokens)) if backbone.pool_prefix else images,
+    }
+    assert reached == expected[backbone.pooling]
+
+
+def test_attention_that_cannot_be_read_is_refused() -> None:
+    model = make_huggingface("ViT")
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(vitmix.UnsupportedModelError, match=r"sdpa.*found 'flash_attention_2'"):
+        vitmix.describe(model)
+
+
+def test_no_library_is_imported() -> None:
+    """Families are found among modules already imported: a home-made model imports none."""
+    code = (
+        "import sys, torch, vitmix\n"
+        "try:\n    vitmix.describe(torch.nn.Linear(1, 1))\n"
+        "except vitmix.UnsupportedModelError as error:\n    assert 'Linear' in str(error)\n"
+        "assert not {'timm', 'transformers', 'torchvision'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
