@@ -6,6 +6,7 @@ without registers) and I-JEPA, with ``attn_implementation`` ``"sdpa"`` or ``"eag
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -19,6 +20,8 @@ from vitmix.errors import UnsupportedModelError
 __all__ = ["LOOKS_FOR", "describe"]
 
 _ATTENTION = ("sdpa", "eager")
+# Where layers are, by model and by version of transformers.
+_LAYERS = ("layers", "encoder.layer", "encoder.layers")
 
 
 @dataclass(frozen=True)
@@ -27,41 +30,41 @@ class _Layout:
 
     Attributes:
         module: module of transformers that defines the class.
-        layers: attribute path of the list of layers.
+        trunk: attribute of the model in front of the classifier.
         norm: the layer's norm in front of the attention.
         prefix: tokens in front of the image tokens, registers aside.
         pooling: kind of pooling, or None if the configuration's ``use_mean_pooling`` decides.
     """
 
     module: str
-    layers: str
+    trunk: str
     norm: str = "layernorm_before"
     prefix: int = 1
     pooling: Pooling | None = "class_token"
 
 
 _LAYOUTS = {
-    "ViTForImageClassification": _Layout("vit.modeling_vit", "vit.layers"),
-    "ViTMSNForImageClassification": _Layout("vit_msn.modeling_vit_msn", "vit.layers"),
-    "DeiTForImageClassification": _Layout("deit.modeling_deit", "deit.layers", prefix=2),
+    "ViTForImageClassification": _Layout("vit.modeling_vit", "vit"),
+    "ViTMSNForImageClassification": _Layout("vit_msn.modeling_vit_msn", "vit"),
+    "DeiTForImageClassification": _Layout("deit.modeling_deit", "deit", prefix=2),
     "DeiTForImageClassificationWithTeacher": _Layout(
-        "deit.modeling_deit", "deit.layers", prefix=2, pooling="distilled"
+        "deit.modeling_deit", "deit", prefix=2, pooling="distilled"
     ),
-    "BeitForImageClassification": _Layout("beit.modeling_beit", "beit.layers", pooling=None),
+    "BeitForImageClassification": _Layout("beit.modeling_beit", "beit", pooling=None),
     "Data2VecVisionForImageClassification": _Layout(
-        "data2vec.modeling_data2vec_vision", "data2vec_vision.encoder.layer", pooling=None
+        "data2vec.modeling_data2vec_vision", "data2vec_vision", pooling=None
     ),
     "Dinov2ForImageClassification": _Layout(
-        "dinov2.modeling_dinov2", "dinov2.encoder.layer", "norm1", pooling="class_and_average"
+        "dinov2.modeling_dinov2", "dinov2", "norm1", pooling="class_and_average"
     ),
     "Dinov2WithRegistersForImageClassification": _Layout(
         "dinov2_with_registers.modeling_dinov2_with_registers",
-        "dinov2_with_registers.encoder.layer",
+        "dinov2_with_registers",
         "norm1",
         pooling="class_and_average",
     ),
     "IJepaForImageClassification": _Layout(
-        "ijepa.modeling_ijepa", "ijepa.layers", prefix=0, pooling="average"
+        "ijepa.modeling_ijepa", "ijepa", prefix=0, pooling="average"
     ),
 }
 
@@ -93,7 +96,7 @@ def _describe(name: str, layout: _Layout, model: Any) -> Backbone:
         family=f"transformers {name}",
         blocks=tuple(
             Block(module=layer, entry=getattr(layer, layout.norm), attention=layer.attention)
-            for layer in attrgetter(layout.layers)(model)
+            for layer in _layers(name, layout, getattr(model, layout.trunk))
         ),
         embed_dim=int(config.hidden_size),
         num_prefix_tokens=layout.prefix + int(getattr(config, "num_register_tokens", 0)),
@@ -102,6 +105,22 @@ def _describe(name: str, layout: _Layout, model: Any) -> Backbone:
         grid=partial(_grid, (patch, patch) if isinstance(patch, int) else tuple(patch)),
         recomputes=partial(getattr, model, _recomputes(model), False),
         vertical_reason=_position(config),
+    )
+
+
+def _layers(name: str, layout: _Layout, trunk: nn.Module) -> Sequence[Any]:
+    for path in _LAYERS:
+        try:
+            layers: Sequence[Any] = attrgetter(path)(trunk)
+        except AttributeError:
+            continue
+        parts = (layout.norm, "attention")
+        if all(hasattr(layer, part) for layer in layers for part in parts):
+            return layers
+    raise UnsupportedModelError(
+        f"looked for {' or '.join(_LAYERS)} with {layout.norm} and attention in {layout.trunk} of "
+        f"{name}, found {[child for child, _ in trunk.named_children()]}; this version of "
+        "transformers is not known. The model was not changed."
     )
 
 
