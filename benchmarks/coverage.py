@@ -122,7 +122,7 @@ def report(rows: dict[str, Row], names: bool) -> None:
     """Print the table, supported classes first."""
     print(f"{'class':<28}{'supported':>10}{'aligned':>9}{'vertical':>10}{'refused':>9}  found")
     for kind, row in sorted(rows.items(), key=lambda item: (-len(item[1].supported), item[0])):
-        reasons = "; ".join(reason for reason, _ in Counter(row.refused.values()).most_common(2))
+        reasons = "; ".join(f"{n} {reason}" for reason, n in Counter(row.refused.values()).items())
         print(
             f"{kind:<28}{len(row.supported):>10}{row.aligned:>9}{row.vertical:>10}"
             f"{len(row.refused):>9}  {reasons}"

@@ -76,6 +76,12 @@ def test_described_pooling_is_what_reaches_the_logits(family: str) -> None:
     assert reached == expected[backbone.pooling]
 
 
+def test_hybrids_without_positions_take_other_sizes() -> None:
+    model = MORE_FAMILIES["hybrid"]()
+    assert vitmix.describe(model).grid((SIZE, SIZE)) == (4, 4)
+    assert vitmix.describe(model).grid((2 * SIZE, SIZE)) == (8, 4)
+
+
 def test_attention_that_cannot_be_read_is_refused() -> None:
     model = make_huggingface("ViT")
     model.config._attn_implementation = "flash_attention_2"

@@ -72,8 +72,10 @@ def grid_of(patch_embed: Any) -> partial[tuple[int, int]]:
 
 
 def _grid(patch_embed: Any, size: tuple[int, int]) -> tuple[int, int]:
-    fixed = getattr(patch_embed, "img_size", None) and getattr(patch_embed, "strict_img_size", True)
-    rows, columns = patch_embed.grid_size if fixed else patch_embed.dynamic_feat_size(size)
+    # A network as patch embedding takes other sizes than its own too, where positions allow it.
+    own = getattr(patch_embed, "img_size", None)
+    fits = getattr(patch_embed, "strict_img_size", False) and own is not None and size == tuple(own)
+    rows, columns = patch_embed.grid_size if fits else patch_embed.dynamic_feat_size(size)
     return int(rows), int(columns)
 
 
