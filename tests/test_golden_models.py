@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden import load_golden
 
 import vitmix
+from golden import load_golden
 from vitmix.models.cct import CCT
 
 CCT_RUNS = [
