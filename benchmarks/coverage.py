@@ -3,7 +3,7 @@
 Makes every one on the meta device (shapes without numbers), describes it, and runs those described
 once: every block must be given the tokens that the description promises, and attend once over all
 of them. Prints a table by class: how many are supported, how many of those take aligned labels and
-vertical mixing, and why the others are refused. About ten minutes on one CPU core.
+vertical mixing, and why the others are refused. About seven minutes on one CPU core.
 
     python benchmarks/coverage.py
     python benchmarks/coverage.py "vit_*" --names
