@@ -51,6 +51,7 @@ def salient_tokens(
         InputError: ``kappa`` out of range, or shapes that don't fit.
 
     Example:
+        >>> import torch
         >>> salient_tokens(torch.arange(3.0).view(1, 3, 1), torch.tensor([[0.1, 0.2, 0.7]]), 2)
         tensor([[[2.],
                  [1.]]])
