@@ -1,7 +1,9 @@
 """Time whole training steps side by side: what does mixing cost on top of the plain step?
 
-The variants take turns in one process, so that a machine whose speed drifts is fair to all of them.
-Printed are medians and the median of the ratio round by round, with its quartiles.
+The variants take turns in one process, so that a machine whose speed drifts is fair to all of
+them. Printed are medians and the median of the ratio round by round, with its quartiles: of seconds
+on the clock, and of processor time, which other programs on the machine disturb less.
+``plain-again`` is the plain step once more: what its ratio is off from 1 is noise.
 
     python benchmarks/steps.py --model deit_small_patch16_224 --batch-size 8 \
         --variants plain,tl-align
@@ -35,6 +37,7 @@ def stages(variant: str) -> dict[str, object] | None:
     vertical = vitmix.VerticalTokenMixup(block=2, kappa=3)
     table: dict[str, dict[str, object] | None] = {
         "plain": None,
+        "plain-again": None,
         "cutmix": {"mix": vitmix.CutMix()},
         "tokenmix": {"mix": vitmix.TokenMix()},
         "transmix": {"mix": box, "labels": vitmix.AttentionLabels()},
@@ -81,17 +84,17 @@ def make_step(variant: str, name: str, batch: int, size: int, device: str, bf16:
     return step
 
 
-def compare(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step in each round; the order turns from round to round."""
+def compare(steps: dict[str, Step], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds of each step in each round, clock and processor; the order turns every round."""
     for step in steps.values():
         step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for turn in range(rounds):
         names = list(steps) if turn % 2 == 0 else list(reversed(steps))
         for name in names:
-            start = time.perf_counter()
+            clock, processor = time.perf_counter(), time.process_time()
             steps[name]()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append((time.perf_counter() - clock, time.process_time() - processor))
     return seconds
 
 
@@ -119,13 +122,16 @@ def main() -> None:
     seconds = compare(steps, options.rounds)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     print(f"{options.model}, batch {options.batch_size}, {options.device} ({machine})")
-    print(f"{'variant':14} {'ms (median)':>12} {'ratio':>7} {'quartiles':>16}")
+    print(f"{'variant':14}{'ms':>10}{'clock: ratio, quartiles':>27}{'processor':>25}")
     base = seconds[variants[0]]
     for variant in variants:
-        ratios = [mine / plain for mine, plain in zip(seconds[variant], base, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        median = statistics.median(seconds[variant]) * 1e3
-        print(f"{variant:14} {median:12.1f} {middle:7.3f} {low:8.3f} {high:7.3f}")
+        line = f"{variant:14}{statistics.median(s for s, _ in seconds[variant]) * 1e3:10.1f}"
+        for kind in (0, 1):
+            pairs = zip(seconds[variant], base, strict=True)
+            ratios = [mine[kind] / plain[kind] for mine, plain in pairs]
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            line += f"{middle:11.3f} {low:7.3f} {high:6.3f}"
+        print(line)
     if options.json:
         found = {"settings": {k: str(v) for k, v in vars(options).items()}, "machine": machine}
         options.json.write_text(json.dumps({**found, "seconds": seconds}, indent=1))

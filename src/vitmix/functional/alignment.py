@@ -100,7 +100,7 @@ def attend_with_shares(
     else:
         output, attended = attend(query, key, value, riders, **options)
     # Rounding may leave a share just below 0 or a row that is not quite 1.
-    attended = (attended.to(shares.dtype).mean(1) + centre).clamp_min(0)
+    attended = (attended.to(shares.dtype) + centre).clamp_min(0)
     return output, attended / attended.sum(-1, keepdim=True)
 
 

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vitmix.functional.precision import wide
+
 __all__ = ["MAX_WIDTH", "attend", "padded_width"]
 
 # Widths that fused kernels take are multiples of the step, up to the greatest.
@@ -49,7 +51,7 @@ def attend(
         scale: factor on the products.
 
     Returns:
-        ``(B, H, N, e)`` with gradient, ``(B, H, N, K)`` without.
+        ``(B, H, N, e)`` with gradient; ``(B, N, K)``, the mean over heads, without.
     """
     if _cpu_kernel_fits(query, key, value, attn_mask):
         output, attended = _RideOnCpu.apply(query, key, value, riders, attn_mask, is_causal, scale)
@@ -61,7 +63,8 @@ def attend(
         scale=scale,
     )
     width = value.shape[-1]
-    return both[..., :width], both[..., width : width + riders.shape[-1]].detach()
+    attended = both[..., width : width + riders.shape[-1]].detach()
+    return both[..., :width], wide(attended).mean(1)
 
 
 def _padded(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,6 +85,15 @@ def _cpu_kernel_fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     )
 
 
+def _widened(heads: Tensor, extra: int, fill: Tensor | float) -> Tensor:
+    """``(B, H, N, d)`` with extra channels, laid out as ``(B, N, H, d + extra)`` in one copy."""
+    batch, count, tokens, width = heads.shape
+    widened = heads.new_empty(batch, tokens, count, width + extra).transpose(1, 2)
+    widened[..., :width] = heads
+    widened[..., width:] = fill
+    return widened
+
+
 class _RideOnCpu(torch.autograd.Function):
     """PyTorch's flash attention of the CPU, forward wide and backward at the original width."""
 
@@ -96,8 +108,11 @@ class _RideOnCpu(torch.autograd.Function):
         is_causal: bool,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
+        # This kernel takes any width: no more channels than there are riders.
         both, normaliser = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *_padded(query, key, torch.cat((value, riders), -1)),
+            _widened(query, riders.shape[-1], 0.0),
+            _widened(key, riders.shape[-1], 0.0),
+            _widened(value, riders.shape[-1], riders),
             0.0,
             is_causal,
             attn_mask=attn_mask,
@@ -105,7 +120,7 @@ class _RideOnCpu(torch.autograd.Function):
         )
         width = value.shape[-1]
         output = both[..., :width].transpose(1, 2).contiguous().transpose(1, 2)
-        attended = both[..., width : width + riders.shape[-1]].clone()
+        attended = wide(both[..., width:]).mean(1)
         ctx.save_for_backward(query, key, value, output, normaliser, attn_mask)
         ctx.is_causal, ctx.scale = is_causal, scale
         ctx.mark_non_differentiable(attended)
