@@ -342,6 +342,21 @@ def test_a_stage_belongs_to_one_model() -> None:
         make_with([stage])
 
 
+def test_a_stage_can_be_used_again_after_a_refusal() -> None:
+    first, second = horizontal(), horizontal(pool="class_token")
+    with pytest.raises(vitmix.InputError, match="class token"):
+        make_with([first, second])
+    with pytest.raises(vitmix.InputError, match="twice"):
+        make_with([first, first])
+    make_with([first]).train()(*batch()).loss().backward()
+
+
+def test_gradient_saliency_of_two_blocks() -> None:
+    stages = [horizontal(block=block, saliency="gradient") for block in (1, 2)]
+    out = make_with(stages).train()(*batch())
+    assert sorted(out.trace.horizontal) == [1, 2]
+
+
 def test_unsupported_models_are_refused_untouched() -> None:
     from timm.models.vision_transformer import DiffParallelScalingBlock
 

@@ -52,7 +52,7 @@ class Flow:
         verticals: stages that extend keys and values, by block.
         follow_shares: whether shares are carried through attention.
         attention_block: block whose saliency is kept in ``attention``, or None.
-        gradient_saliency: ``(B, N)`` for stages that want it.
+        gradient_saliency: ``(B, N)`` by block, for stages that want it.
         generator: source of draws.
         recomputes: whether blocks run a second time in the backward pass (gradient checkpointing).
 
@@ -74,7 +74,7 @@ class Flow:
         verticals: dict[int, list[VerticalTokenMixup]],
         follow_shares: bool,
         attention_block: int | None,
-        gradient_saliency: Tensor | None,
+        gradient_saliency: dict[int, Tensor],
         generator: torch.Generator | None,
         recomputes: bool = False,
     ) -> None:
@@ -238,7 +238,7 @@ class Flow:
             targets=self.targets,
             num_prefix_tokens=prefix,
             attention_saliency=partial(self._saliency_ahead, index, tokens.detach(), run),
-            gradient_saliency=self._gradient_saliency,
+            gradient_saliency=self._gradient_saliency.get(index),
             generator=self._generator,
         )
         with self._own_graph():

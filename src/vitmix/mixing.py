@@ -163,12 +163,18 @@ class MixingModel(nn.Module):
                 f"looked for a pooling that {type(labels).__name__} can follow, found "
                 f"{backbone.alignment_reason}. The model was not changed."
             )
+        if len({id(stage) for stage in tokens}) < len(tokens):
+            raise InputError("expected each token stage once in `tokens`, got one twice")
         like = next(model.parameters())
-        for stage in tokens:
-            stage.attach(
-                backbone.embed_dim, num_classes, backbone.num_prefix_tokens, backbone.class_token
-            )
-            stage.to(device=like.device, dtype=like.dtype)
+        sizes = (backbone.embed_dim, num_classes, backbone.num_prefix_tokens, backbone.class_token)
+        try:
+            for stage in tokens:
+                stage.attach(*sizes)
+                stage.to(device=like.device, dtype=like.dtype)
+        except InputError:
+            for stage in tokens:
+                stage.release()
+            raise
         self.model = model
         self.mix = mix
         self.labels = labels
@@ -278,13 +284,13 @@ class MixingModel(nn.Module):
         trace = _trace(fed, plan, evidence.mixture, weights, flow)
         losses = [outcome.loss for _, _, outcome in flow.outcomes if outcome.loss is not None]
         aux_loss = torch.stack(losses).sum() if losses else soft.new_zeros(())
-        stats = _stats(plan, weights, flow, aux_loss)
+        stats = _stats(plan, weights, flow)
         return MixOutput(logits, targets, aux_loss, stats, trace, output)
 
     def _flow(self, fed: Tensor, mixture: Mixture, targets: Tensor, grid: tuple[int, int]) -> Flow:
         mixers: dict[int, list[TokenMixer]] = {}
         verticals: dict[int, list[VerticalTokenMixup]] = {}
-        saliency = None
+        gradients: dict[int, Tensor] = {}
         for stage in self.tokens:
             assert isinstance(stage, TokenStage)
             block = stage.draw_block(self.generator)
@@ -298,7 +304,9 @@ class MixingModel(nn.Module):
             elif isinstance(stage, TokenMixer):
                 mixers.setdefault(block, []).append(stage)
                 if getattr(stage, "saliency", None) == "gradient":
-                    saliency = gradient_saliency(self.model, self.backbone, block, fed, targets)
+                    gradients[block] = gradient_saliency(
+                        self.model, self.backbone, block, fed, targets
+                    )
         return Flow(
             self.backbone,
             mixture,
@@ -311,7 +319,7 @@ class MixingModel(nn.Module):
                 if self.labels.attention_block is None
                 else self.labels.attention_block % self.backbone.depth
             ),
-            gradient_saliency=saliency,
+            gradient_saliency=gradients,
             generator=self.generator,
             recomputes=self.backbone.recomputes() and torch.is_grad_enabled(),
         )
@@ -339,9 +347,7 @@ def _trace(
     return MixTrace(fed, plan, mixture.sources, weights, horizontal, blended)
 
 
-def _stats(
-    plan: PixelPlan | None, weights: Tensor, flow: Flow, aux_loss: Tensor
-) -> dict[str, Tensor]:
+def _stats(plan: PixelPlan | None, weights: Tensor, flow: Flow) -> dict[str, Tensor]:
     stats = {"target/own_weight": weights[:, 0].mean()}
     if plan is not None:
         stats["pixels/own_share"] = plan.lam.mean()

@@ -126,6 +126,9 @@ class TokenStage(nn.Module):
     ) -> None:
         """Make the stage's own parameters for a model; called once by ``MixingModel``."""
 
+    def release(self) -> None:
+        """Drop what :meth:`attach` made."""
+
     @property
     def blocks(self) -> tuple[int, ...]:
         """Blocks at which the stage may act."""
@@ -231,6 +234,10 @@ class HorizontalTokenMixup(TokenMixer):
     ) -> None:
         """Make ScoreNet."""
         self.scorenet = ScoreNet(embed_dim, num_classes, self.pool, num_prefix_tokens, class_token)
+
+    def release(self) -> None:
+        """Drop ScoreNet."""
+        self.scorenet = None
 
     def plan(self, tokens: Tensor, context: TokenContext) -> TokenOutcome:
         """Assess difficulty, then pair and mark tokens (TokenMixup, Algorithm 1)."""
