@@ -6,6 +6,7 @@ it ends, by an exception too, so that a model carries no trace of it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -138,10 +139,7 @@ class Flow:
                 handles.append(block.module.register_forward_hook(leave))
             if self._follow and self.backbone.pool_scores is not None:
                 handles.append(self.backbone.pool_scores.register_forward_hook(self._keep_scores))
-            if self._reads_attention:
-                with AttentionTap(self._on_fused, self._on_softmax, lambda: self._paused):
-                    yield
-            else:
+            with _uncompiled(), self._tap():
                 yield
         finally:
             for handle in handles:
@@ -149,6 +147,11 @@ class Flow:
         self._check_passed()
         if self.replay is not None:
             self.replay.install()
+
+    def _tap(self) -> AbstractContextManager[object]:
+        if not self._reads_attention:
+            return nullcontext()
+        return AttentionTap(self._on_fused, self._on_softmax, lambda: self._paused)
 
     def pooled_shares(self) -> Tensor | None:
         """``(B, K)`` shares of what the classifier sees, after the pass; None if not followed."""
@@ -472,6 +475,23 @@ def _forward(
     output: Any = block.forward(tokens, *args, **kwargs)
     result: Tensor = output[0] if isinstance(output, tuple) else output
     return result
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """Run compiled models eagerly: hooks of one pass are no part of a compiled graph."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    refusal = (
+        "looked for a MixingModel that is not compiled itself, found torch.compile around it. "
+        "Compile the model inside (model.compile()): it runs compiled wherever no stage acts in it"
+    )
+    if torch.compiler.is_compiling():
+        raise UnsupportedModelError(refusal)
+    try:
+        stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    except RuntimeError as error:  # inside a compiled region that broke up before this call
+        raise UnsupportedModelError(refusal) from error
+    return stance
 
 
 def _require_graph() -> None:
