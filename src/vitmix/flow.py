@@ -6,7 +6,6 @@ it ends, by an exception too, so that a model carries no trace of it.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -18,6 +17,7 @@ from torch.utils.weak import TensorWeakRef
 
 from vitmix.attention import AttentionCall, AttentionTap, read_attention, read_query_key
 from vitmix.backbones import Backbone
+from vitmix.compilation import uncompiled
 from vitmix.errors import UnsupportedModelError
 from vitmix.functional.alignment import align_shares, attend_with_shares, pooled_shares
 from vitmix.functional.draws import fork
@@ -28,8 +28,7 @@ from vitmix.functional.saliency import (
     query_key_attention,
     query_key_saliency,
 )
-from vitmix.functional.targets import soft_cross_entropy
-from vitmix.functional.vertical import salient_indices
+from vitmix.functional.vertical import salient_indices, take_tokens
 from vitmix.replay import (
     BlockRecord,
     Replay,
@@ -39,7 +38,7 @@ from vitmix.replay import (
 )
 from vitmix.tokens import TokenContext, TokenMixer, TokenOutcome, VerticalTokenMixup
 
-__all__ = ["Flow", "gradient_saliency", "logits_of"]
+__all__ = ["Flow"]
 
 
 class Flow:
@@ -139,7 +138,7 @@ class Flow:
                 handles.append(block.module.register_forward_hook(leave))
             if self._follow and self.backbone.pool_scores is not None:
                 handles.append(self.backbone.pool_scores.register_forward_hook(self._keep_scores))
-            with _uncompiled(), self._tap():
+            with uncompiled(), self._tap():
                 yield
         finally:
             for handle in handles:
@@ -275,8 +274,8 @@ class Flow:
                 tokens = self._tokens.detach() if stage.stop_gradient else self._tokens
                 chosen = salient_indices(self._saliency, stage.kappa, num_prefix_tokens=prefix)
                 with self._own_graph():
-                    kept = _rows(tokens, chosen)
-                parts.append((kept, _rows(self._shares_in, chosen)))
+                    kept = take_tokens(tokens, chosen)
+                parts.append((kept, take_tokens(self._shares_in, chosen)))
 
     @torch.no_grad()
     def _saliency_ahead(
@@ -424,50 +423,6 @@ class Flow:
             )
 
 
-def logits_of(output: Any) -> Any:
-    """Logits in what a model returns: itself, or its ``.logits`` (transformers)."""
-    return getattr(output, "logits", output)
-
-
-def gradient_saliency(
-    model: nn.Module, backbone: Backbone, index: int, images: Tensor, targets: Tensor
-) -> Tensor:
-    """Saliency by back-propagation: norm of the loss's gradient by the tokens in front of a block.
-
-    The baseline of TokenMixup's Table 3 (after Co-Mixup, Kim et al., ICLR 2021): one more forward
-    pass and a backward pass down to the block. Normalised to sum 1 as attention saliency is, so
-    that rho has the same unit. Gradients of parameters are not touched.
-
-    Args:
-        model: the model.
-        backbone: its description.
-        index: the block.
-        images: ``(B, C, H, W)`` as fed.
-        targets: ``(B, C)``.
-
-    Returns:
-        ``(B, N)`` float32.
-    """
-    leaves: list[Tensor] = []
-
-    def cut(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        leaves.append(args[0].detach().requires_grad_())
-        return (leaves[0], *args[1:])
-
-    handle = backbone.blocks[index].module.register_forward_pre_hook(cut)
-    try:
-        with torch.enable_grad():
-            logits = logits_of(model(images))
-            logits = logits[0] if isinstance(logits, tuple) else logits
-            loss = soft_cross_entropy(logits, targets)
-            (gradient,) = torch.autograd.grad(loss, leaves)
-    finally:
-        handle.remove()
-    norms: Tensor = gradient.float().norm(dim=-1)[:, backbone.num_prefix_tokens :]
-    total: Tensor = norms.sum(1, keepdim=True)
-    return norms / total.clamp_min(torch.finfo(norms.dtype).tiny)
-
-
 def _forward(
     args: tuple[Any, ...], kwargs: dict[str, Any], block: nn.Module, tokens: Tensor
 ) -> Tensor:
@@ -477,23 +432,6 @@ def _forward(
     return result
 
 
-def _uncompiled() -> AbstractContextManager[object]:
-    """Run compiled models eagerly: hooks of one pass are no part of a compiled graph."""
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    refusal = (
-        "looked for a MixingModel that is not compiled itself, found torch.compile around it. "
-        "Compile the model inside (model.compile()): it runs compiled wherever no stage acts in it"
-    )
-    if torch.compiler.is_compiling():
-        raise UnsupportedModelError(refusal)
-    try:
-        stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-    except RuntimeError as error:  # inside a compiled region that broke up before this call
-        raise UnsupportedModelError(refusal) from error
-    return stance
-
-
 def _require_graph() -> None:
     """Check that a first pass under gradient checkpointing keeps its graph."""
     if not torch.is_grad_enabled():
@@ -501,7 +439,3 @@ def _require_graph() -> None:
             "looked for gradient checkpointing that keeps the graph, found the reentrant kind: "
             "turn it on with use_reentrant=False"
         )
-
-
-def _rows(values: Tensor, index: Tensor) -> Tensor:
-    return values.gather(1, index[..., None].expand(-1, -1, values.shape[2]))

@@ -54,6 +54,16 @@ class LabelEvidence:
     attention: Tensor | None = None
     pooled_shares: Tensor | None = None
 
+    @property
+    def image_shares(self) -> Tensor:
+        """``(B, N, K)`` shares of the tokens behind the prefix."""
+        return self.mixture.shares[:, self.num_prefix_tokens :]
+
+    @property
+    def area(self) -> Tensor:
+        """``(B, K)`` share of each source in the image."""
+        return self.image_shares.mean(1)
+
 
 class LabelRule(ABC):
     """Turns shares into weights of the sources' labels.
@@ -85,7 +95,7 @@ class AreaLabels(LabelRule):
 
     def weights(self, evidence: LabelEvidence) -> Tensor:
         """Mean share over the image's tokens."""
-        return evidence.mixture.shares[:, evidence.num_prefix_tokens :].mean(1)
+        return evidence.area
 
 
 class AttentionLabels(LabelRule):
@@ -113,10 +123,9 @@ class AttentionLabels(LabelRule):
         """Mean share over the image's tokens, weighted by attention."""
         if evidence.attention is None:
             raise InputError("expected the saliency of a block as evidence, got none")
-        shares = evidence.mixture.shares[:, evidence.num_prefix_tokens :]
         attention = evidence.attention / evidence.attention.sum(1, keepdim=True)
-        attended = pooled_shares(shares, attention)
-        return (1 - self.area) * attended + self.area * shares.mean(1)
+        attended = pooled_shares(evidence.image_shares, attention)
+        return (1 - self.area) * attended + self.area * evidence.area
 
 
 class TokenAlignedLabels(LabelRule):
@@ -170,9 +179,8 @@ class TeacherLabels(LabelRule):
 
     def weights(self, evidence: LabelEvidence) -> Tensor:
         """Visible activation of own and partner."""
-        area = evidence.mixture.shares[:, evidence.num_prefix_tokens :].mean(1)
         if evidence.pixels is None:
-            return area
+            return evidence.area
         plan = evidence.pixels
         with torch.no_grad():
             maps = self.maps(evidence.images, evidence.classes).float()
@@ -183,7 +191,7 @@ class TeacherLabels(LabelRule):
         if not self.normalise:
             return weights
         total = weights.sum(1, keepdim=True)
-        return torch.where(total > 0, weights / total, area)
+        return torch.where(total > 0, weights / total, evidence.area)
 
 
 def _resample(maps: Tensor, grid: tuple[int, int]) -> Tensor:

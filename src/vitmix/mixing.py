@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from vitmix.backbones import Backbone, describe
 from vitmix.errors import InputError, UnsupportedModelError
-from vitmix.flow import Flow, gradient_saliency, logits_of
+from vitmix.flow import Flow
 from vitmix.functional.horizontal import HorizontalPlan
 from vitmix.functional.mixture import Mixture
 from vitmix.functional.pixel_plan import PixelPlan
 from vitmix.functional.targets import smooth_targets, soft_cross_entropy
+from vitmix.gradient import gradient_saliency, logits_of
 from vitmix.labels import AreaLabels, LabelEvidence, LabelRule
 from vitmix.pixels import PixelMix
 from vitmix.replay import Replay
@@ -266,15 +267,11 @@ class MixingModel(nn.Module):
         logits = logits_of(output)
         self._require_logits(logits)
         if not self.labels.known_before_forward:
-            evidence = LabelEvidence(
-                flow.mixture if self.labels.follows_shares else mixture,
-                prefix,
-                grid,
-                images,
-                classes,
-                plan,
-                flow.attention,
-                flow.pooled_shares(),
+            evidence = replace(
+                evidence,
+                mixture=flow.mixture if self.labels.follows_shares else mixture,
+                attention=flow.attention,
+                pooled_shares=flow.pooled_shares(),
             )
             weights = self.labels.weights(evidence)
         targets = evidence.mixture.targets(weights, soft)

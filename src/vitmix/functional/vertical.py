@@ -6,7 +6,7 @@ from torch import Tensor
 
 from vitmix.errors import InputError
 
-__all__ = ["salient_indices", "salient_tokens"]
+__all__ = ["salient_indices", "salient_tokens", "take_tokens"]
 
 
 def salient_indices(saliency: Tensor, kappa: int, *, num_prefix_tokens: int = 0) -> Tensor:
@@ -62,4 +62,17 @@ def salient_tokens(
             f"got {tuple(tokens.shape)} and {tuple(saliency.shape)}"
         )
     index = salient_indices(saliency, kappa, num_prefix_tokens=num_prefix_tokens)
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[2]))
+    return take_tokens(tokens, index)
+
+
+def take_tokens(values: Tensor, index: Tensor) -> Tensor:
+    """Rows of each sample.
+
+    Args:
+        values: ``(B, T, D)``, a tensor of tokens or of their shares.
+        index: ``(B, K)`` int64 positions in the sequence.
+
+    Returns:
+        ``(B, K, D)``.
+    """
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[2]))
