@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import references
 import vitmix.functional as vf
@@ -296,6 +297,21 @@ def test_plan_without_easy_samples_of_one_sample_and_of_equal_samples_does_nothi
         assert (plan.own_weight == 1).all()
     assert none_easy.partner.tolist() == [0, 1, 2]
     assert alone.partner.tolist() == [0]
+
+
+def test_a_plan_is_one_graph_however_many_samples_are_easy():
+    saliency = softmax(0, 6, 9)
+    frames = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(vf.horizontal_plan, fullgraph=True, backend=frames)
+    for count in range(7):
+        easy = torch.arange(6) < count
+        expected = vf.horizontal_plan(saliency, easy, 0.001)
+        for value, same in zip(compiled(saliency, easy, 0.001), expected, strict=True):
+            torch.testing.assert_close(value, same, rtol=0, atol=1e-6)
+    assert frames.frame_count == 1
+    torch.library.opcheck(torch.ops.vitmix.optimal_partners, (saliency, easy, 0.001))
+    with pytest.raises(InputError, match="NaN"):
+        compiled(saliency * math.nan, easy, 0.001)
 
 
 @few

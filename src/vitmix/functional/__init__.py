@@ -9,7 +9,7 @@ from vitmix.functional.horizontal import (
     mix_tokens,
 )
 from vitmix.functional.masks import block_mask, box_mask, random_mask
-from vitmix.functional.matching import optimal_assignment, saliency_gain
+from vitmix.functional.matching import optimal_assignment, optimal_partners, saliency_gain
 from vitmix.functional.mixture import Mixture
 from vitmix.functional.saliency import (
     attention_rollout,
@@ -40,6 +40,7 @@ __all__ = [
     "mix_targets",
     "mix_tokens",
     "optimal_assignment",
+    "optimal_partners",
     "pooled_shares",
     "query_key_attention",
     "query_key_saliency",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vitmix.errors import InputError
-from vitmix.functional.matching import optimal_assignment, saliency_gain
+from vitmix.functional.matching import optimal_partners
 from vitmix.functional.precision import wide
 
 __all__ = ["HorizontalPlan", "apply_horizontal", "horizontal_plan", "mix_targets", "mix_tokens"]
@@ -71,10 +71,7 @@ def horizontal_plan(
     saliency, easy = wide(saliency), easy.bool()
     rows = torch.arange(len(saliency), device=saliency.device)
     if candidates is None:
-        partner = rows.clone()
-        chosen = easy.nonzero().squeeze(1)
-        if len(chosen):
-            partner[chosen] = optimal_assignment(saliency_gain(saliency[chosen], saliency, rho))
+        partner = optimal_partners(saliency, easy, rho)
     else:
         partner = torch.where(easy, candidates, rows)
     other = saliency[partner]

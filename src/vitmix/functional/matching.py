@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from vitmix.errors import InputError
 from vitmix.functional.precision import wide
 
-__all__ = ["optimal_assignment", "saliency_gain"]
+__all__ = ["optimal_assignment", "optimal_partners", "saliency_gain"]
 
 
 def saliency_gain(saliency: Tensor, candidates: Tensor, rho: float) -> Tensor:
@@ -78,3 +80,55 @@ def optimal_assignment(gain: Tensor) -> Tensor:
         )
     _, columns = linear_sum_assignment(host.numpy(), maximize=True)
     return torch.as_tensor(columns, dtype=torch.int64).to(gain.device)
+
+
+def optimal_partners(saliency: Tensor, easy: Tensor, rho: float) -> Tensor:
+    """Optimal partner of each easy sample (TokenMixup, Eq. 6 to 8); every other keeps itself.
+
+    One operator, ``vitmix::optimal_partners``: how many samples are easy, and the solver on the
+    host, stay inside it, so that a compiled graph goes around it in one piece.
+
+    Args:
+        saliency: ``(B, N)``.
+        easy: ``(B,)`` bool.
+        rho: least gain for which a token is replaced, in units of saliency.
+
+    Returns:
+        ``(B,)`` int64, distinct among the easy samples.
+
+    Raises:
+        InputError: saliency that is not finite.
+
+    Example:
+        >>> saliency = torch.tensor([[0.1, 0.9], [0.9, 0.1], [0.5, 0.5]])
+        >>> optimal_partners(saliency, torch.tensor([True, True, False]), rho=0.0)
+        tensor([1, 0, 2])
+    """
+    partners: Tensor = _optimal_partners(saliency.detach(), easy, rho)
+    return partners
+
+
+def _solve(saliency: Tensor, easy: Tensor, rho: float) -> Tensor:
+    partners = torch.arange(len(saliency), device=saliency.device)
+    rows = easy.nonzero().squeeze(1)
+    if len(rows):
+        partners[rows] = optimal_assignment(saliency_gain(saliency[rows], saliency, rho))
+    return partners
+
+
+# The solver waits for the device, which no CUDA graph can; PyTorch 2.8 and older have no such tag.
+_options: dict[str, Any] = {}
+if hasattr(torch.Tag, "cudagraph_unsafe"):
+    _options["tags"] = torch.Tag.cudagraph_unsafe
+_optimal_partners: Any = torch.library.custom_op(
+    "vitmix::optimal_partners",
+    _solve,
+    mutates_args=(),
+    schema="(Tensor saliency, Tensor easy, float rho) -> Tensor",
+    **_options,
+)
+
+
+@_optimal_partners.register_fake  # type: ignore[untyped-decorator]
+def _(saliency: Tensor, easy: Tensor, rho: float) -> Tensor:
+    return saliency.new_empty(len(saliency), dtype=torch.int64)
