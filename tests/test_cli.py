@@ -13,6 +13,8 @@ import yaml
 from PIL import Image
 
 from vitmix.cli import COMMANDS, main
+from vitmix.models import create_model, load_released
+from vitmix.train.checkpoint import load_trained
 
 SMALL = ["--train-limit", "64", "--img-size", "16", "--batch-size", "32", "--epochs", "1",
          "--threads", "1", "--device", "cpu"]  # fmt: skip
@@ -95,6 +97,22 @@ def test_train_then_evaluate_prints_the_same(
     assert capsys.readouterr().out.split()[1] == top1
 
 
+def test_export_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file holds the weights that are evaluated: the averaged ones."""
+    run, path = tmp_path / "runs" / "run", tmp_path / "weights.safetensors"
+    assert main(train(tmp_path, "--ema", "true", "--name", "run")) == 0
+    capsys.readouterr()
+    assert main(["export", str(run), str(path)]) == 0
+    line = capsys.readouterr().out
+    assert line.startswith(f"{path}: cct_2_3x2_32, 10 classes, 16 pixels, mean ")
+    model = create_model("cct_2_3x2_32", num_classes=10, img_size=16)
+    load_released(model, path)
+    expected = load_trained(run).model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert main(["export", str(run), str(tmp_path / "folder")]) == 2
+    assert "ends in .safetensors" in one_line(capsys)
+
+
 # --- bad input
 
 HERE = str(Path(__file__).parent)
@@ -138,6 +156,7 @@ BAD_OPTIONS = [
     (["train", "--out", __file__], "--out to be a folder, got the file"),
     (["evaluate"], "the argument RUN"),
     (["evaluate", "/no/run"], "there is no /no/run"),
+    (["export", "/no/run", "weights.safetensors"], "there is no /no/run"),
     (["evaluate", __file__], "cannot be read"),
     (["evaluate", "/no/run", "--precision", "fp8"], "--precision to be fp32, bf16 or fp16"),
     (["evaluate", "/no/run", "--device", "abacus"], "--device abacus"),

@@ -6,7 +6,7 @@ the target get?). :class:`MixingModel` puts them together; :mod:`vitmix.function
 equations as functions of tensors.
 """
 
-from vitmix import functional
+from vitmix import functional, models
 from vitmix._version import __version__
 from vitmix.backbones import Backbone, Block, describe
 from vitmix.errors import InputError, UnsupportedModelError, VitmixError
@@ -55,4 +55,5 @@ __all__ = [
     "__version__",
     "describe",
     "functional",
+    "models",
 ]

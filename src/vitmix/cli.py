@@ -1,4 +1,4 @@
-"""The command line: ``vitmix train | evaluate | compare | demo``.
+"""The command line: ``vitmix train | evaluate | export | compare | demo``.
 
 Only the standard library is imported here; each command imports what it needs when it runs.
 """
@@ -150,6 +150,27 @@ def _evaluate(options: Any) -> None:
     print(evaluate_checkpoint(**options))
 
 
+def _configure_export(parser: Parser) -> None:
+    parser.add("run", str, None, "run folder (its last.ckpt) or a checkpoint file")
+    parser.add("path", str, None, "file to write, *.safetensors")
+
+
+def _export(options: Any) -> None:
+    from vitmix.train.checkpoint import load_trained
+    from vitmix.weights import write_weights
+
+    trained = load_trained(options["run"])
+    path = write_weights(trained.model, options["path"])
+    print(
+        f"{path}: {trained.config.model}, {len(trained.classes)} classes, "
+        f"{trained.img_size} pixels, mean {_figures(trained.mean)}, std {_figures(trained.std)}"
+    )
+
+
+def _figures(values: Sequence[float]) -> str:
+    return "/".join(f"{value:.4g}" for value in values)
+
+
 def _configure_compare(parser: Parser) -> None:
     from vitmix.train.config import TrainConfig
 
@@ -195,6 +216,12 @@ COMMANDS: dict[str, Command] = {
         "vitmix evaluate runs/digits-cct_2_3x2_32-tokenmixup-seed0",
         _configure_evaluate,
         _evaluate,
+    ),
+    "export": Command(
+        "write a trained model's weights for other programs",
+        "vitmix export runs/digits-cct_2_3x2_32-tokenmixup-seed0 weights.safetensors",
+        _configure_export,
+        _export,
     ),
     "compare": Command(
         "train several methods over several seeds and tabulate them",

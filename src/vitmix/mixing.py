@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from vitmix.tokens import (
     TokenStage,
     VerticalTokenMixup,
 )
+from vitmix.weights import write_weights
 
 __all__ = ["MixOutput", "MixTrace", "MixingModel"]
 
@@ -196,6 +198,23 @@ class MixingModel(nn.Module):
             replay.remove()
         self._replays.clear()
         return self.model
+
+    def export(self, path: str | Path) -> Path:
+        """Write the model's weights for other programs: nothing of vitmix is needed to load them.
+
+        Args:
+            path: a file ``*.safetensors`` for any model, which
+                ``timm.create_model(..., checkpoint_path=path)`` and
+                :func:`vitmix.models.load_released` load; or, for a model of transformers, a folder
+                for ``from_pretrained``.
+
+        Returns:
+            The path.
+
+        Raises:
+            InputError: a path that does not fit, or weights spread over processes.
+        """
+        return write_weights(self.model, path)
 
     def __getstate__(self) -> dict[str, Any]:
         # Passes that wait for their backward belong to this process and this copy.

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from vitmix.backbones.base import Backbone, Block
-from vitmix.models.cct import CCT
+from vitmix.backbones.base import Backbone, Block, is_made_by
 
 __all__ = ["LOOKS_FOR", "describe"]
 
@@ -16,19 +15,20 @@ LOOKS_FOR = "vitmix.models.cct.CCT"
 
 def describe(model: nn.Module) -> Backbone | None:
     """Describe a CCT; None if the model is something else."""
-    if not isinstance(model, CCT):
+    if not is_made_by(model, "vitmix.models.cct", "CCT"):
         return None
-    classifier: Any = model.classifier
+    cct: Any = model
+    classifier = cct.classifier
     return Backbone(
         family="CCT",
         blocks=tuple(
             Block(module=block, entry=block.pre_norm, attention=block.self_attn)
             for block in classifier.blocks
         ),
-        embed_dim=model.embed_dim,
+        embed_dim=cct.embed_dim,
         num_prefix_tokens=0,
         class_token=False,
         pooling="sequence",
-        grid=model.grid_size,
+        grid=cct.grid_size,
         pool_scores=classifier.attention_pool,
     )

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, cast
 from vitmix.errors import InputError
 from vitmix.models.cct import CCT, cct_names
 from vitmix.models.cct import cct as _cct
+from vitmix.models.released import LoadedWeights, load_released
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["CCT", "cct_names", "create_model"]
+__all__ = ["CCT", "LoadedWeights", "cct_names", "create_model", "load_released"]
 
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 
