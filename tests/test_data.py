@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from vitmix.errors import InputError
 from vitmix.train.augment import BatchAugment, normalise, random_crop, random_erase, random_flip
 from vitmix.train.config import TrainConfig
 from vitmix.train.data import load_data
-from vitmix.train.loading import make_augment, make_loader
+from vitmix.train.loading import Loader, make_augment, make_loader
 from vitmix.train.policies import OPERATIONS, Policy, make_policy
 
 
@@ -370,17 +371,68 @@ def test_test_images_are_only_normalised() -> None:
 # --- loading
 
 
-def test_loader_shuffles_by_its_generator_and_covers_everything() -> None:
+def test_loader_shuffles_by_seed_and_epoch_and_covers_everything() -> None:
     config = TrainConfig(train_limit=100, batch_size=32)
     data = load_data(config)
-    batches = [y for _, y in make_loader(data, config, train=True, generator=rng(1))]
-    again = [y for _, y in make_loader(data, config, train=True, generator=rng(1))]
-    other = [y for _, y in make_loader(data, config, train=True, generator=rng(2))]
-    assert [len(y) for y in batches] == [32, 32, 32]  # whole batches only
-    assert torch.equal(torch.cat(batches), torch.cat(again))
-    assert not torch.equal(torch.cat(batches), torch.cat(other))
+
+    def labels(seed: int, epoch: int) -> torch.Tensor:
+        loader = make_loader(data, replace(config, seed=seed), train=True)
+        loader.sampler.set_epoch(epoch)
+        batches = [y for _, y in loader]
+        assert [len(y) for y in batches] == [32, 32, 32]  # whole batches only
+        return torch.cat(batches)
+
+    first = labels(1, 0)
+    assert torch.equal(first, labels(1, 0))
+    assert not torch.equal(first, labels(1, 1))
+    assert not torch.equal(first, labels(2, 0))
+    assert sorted(row for row, _ in make_loader(data, config, train=True).sampler) == [*range(100)]
     total = sum(len(y) for _, y in make_loader(data, config, train=False))
     assert total == len(data.test)
+
+
+@pytest.mark.parametrize("workers", [None, 0, 2])
+@pytest.mark.parametrize("done", [0, 1, 3, 4])
+def test_a_loader_goes_on_where_another_was_left(
+    tmp_path: Path, workers: int | None, done: int
+) -> None:
+    """In memory, and decoded in this process or in others, whatever else is drawn meanwhile."""
+    config = TrainConfig(train_limit=18, batch_size=4)
+    if workers is not None:
+        class_folders(tmp_path, {"a": 12, "b": 12})
+        for path in tmp_path.rglob("*.png"):
+            Image.effect_noise((130, 110), 90).save(path)
+        config = replace(
+            config, data=str(tmp_path), img_size=112, workers=workers, aa="rand-m9-mstd1", hflip=0.5
+        )
+    data = load_data(config)
+    assert (data.train.images is None) == (workers is not None)
+
+    def start(epoch: int) -> Loader:
+        torch.rand(done + 1)
+        loader = make_loader(data, config, train=True)
+        loader.sampler.set_epoch(epoch)
+        return loader
+
+    loader = start(5)
+    before = torch.get_rng_state()
+    batches = iter(loader)
+    epoch = [next(batches) for _ in range(done)]
+    state = loader.state_dict()
+    epoch += list(batches)
+    assert torch.equal(torch.get_rng_state(), before)
+    other = start(5)
+    other.load_state_dict(state)
+    rest = list(other)
+    assert len(rest) == 4 - done % 4
+    for (images, labels), (expected, expected_labels) in zip(rest[::-1], epoch[::-1], strict=False):
+        assert torch.equal(images, expected)
+        assert torch.equal(labels, expected_labels)
+    other.sampler.set_epoch(6)  # the next epoch is whole
+    whole = start(6)
+    for (images, _), (expected, _) in zip(other, whole, strict=True):
+        assert torch.equal(images, expected)
+    assert not torch.equal(epoch[0][0], images)
 
 
 def test_large_images_are_decoded_when_needed(tmp_path: Path) -> None:
@@ -391,7 +443,7 @@ def test_large_images_are_decoded_when_needed(tmp_path: Path) -> None:
     data = load_data(config)
     assert data.train.images is None
     for train in (True, False):
-        images, labels = next(iter(make_loader(data, config, train=train, generator=rng())))
+        images, labels = next(iter(make_loader(data, config, train=train)))
         assert images.shape[1:] == (3, 112, 112)
         assert images.dtype == torch.uint8
         assert len(images) == len(labels)

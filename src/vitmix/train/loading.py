@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
 from vitmix.train.augment import BatchAugment
@@ -15,11 +17,70 @@ from vitmix.train.data import DECODE_ERRORS, ImageData, Split, corrupt, decode
 from vitmix.train.policies import Policy, make_policy
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from vitmix.train.config import TrainConfig
 
-__all__ = ["make_augment", "make_loader"]
+__all__ = ["Loader", "make_augment", "make_loader"]
+
+Draw = tuple[int, int]  # row of the data set, seed of what is drawn while it is decoded
+
+
+class EpochSampler(Sampler[Draw]):
+    """Rows of an epoch with their seeds: a function of the run's seed and the epoch, no state."""
+
+    def __init__(self, count: int, *, shuffle: bool, seed: int) -> None:
+        self.count, self.shuffle, self.seed = count, shuffle, seed
+        self.epoch = 0  # set by Lightning
+        self.start = 0  # set by the loader
+
+    def __len__(self) -> int:
+        return self.count
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next pass."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Draw]:
+        if not self.shuffle:
+            return ((row, 0) for row in range(self.start, self.count))
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order = rng.permutation(self.count).tolist()
+        seeds = rng.integers(2**62, size=self.count).tolist()
+        return zip(order[self.start :], seeds[self.start :], strict=True)
+
+
+class Loader(DataLoader[Any]):
+    """A loader that goes on in the middle of an epoch; what came before is not read again.
+
+    Lightning keeps the state in checkpoints. The order of the rows is chosen when the first batch
+    is asked for, after Lightning has set the epoch.
+    """
+
+    batch_size: int
+    sampler: EpochSampler
+
+    def __init__(self, dataset: Dataset[Any], **options: Any) -> None:
+        # A generator of its own: starting a pass draws from it, and no other draw may depend on
+        # how often a pass was started.
+        super().__init__(dataset, generator=torch.Generator(), **options)
+        self._done = 0  # batches of this epoch
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self.sampler.start = self._done * self.batch_size
+        for batch in super().__iter__():
+            self._done = (self._done + 1) % len(self)
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """How much of the epoch is done."""
+        return {"batches": self._done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Begin the next pass where another one was left."""
+        self._done = state["batches"]
 
 
 class MemoryDataset(Dataset[Any]):
@@ -32,8 +93,8 @@ class MemoryDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
-        index = torch.tensor(rows)
+    def __getitems__(self, draws: list[Draw]) -> tuple[Tensor, Tensor]:
+        index = torch.tensor([row for row, _ in draws])
         return self.images[index], self.labels[index]
 
 
@@ -47,21 +108,24 @@ class DecodingDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, row: int) -> tuple[Tensor | str, int]:
+    def __getitem__(self, draw: Draw) -> tuple[Tensor | str, int]:
+        row, seed = draw
         try:
             with self.records.open(row) as image:
-                return self._pixels(image), int(self.records.labels[row])
+                return self._pixels(image, seed), int(self.records.labels[row])
         except DECODE_ERRORS:
             return self.records.describe(row), -1
 
-    def _pixels(self, image: Any) -> Tensor:
+    def _pixels(self, image: Any, seed: int) -> Tensor:
         if self.crop is None:
             return decode(image, self.size)
-        pixels: Tensor = v2.functional.pil_to_tensor(self.crop(image.convert("RGB")))
+        # torchvision draws from the global generator: it is seeded for this image, whichever
+        # process decodes it, and put back.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            pixels: Tensor = v2.functional.pil_to_tensor(self.crop(image.convert("RGB")))
         if self.policy is not None:
-            # The process' own generator: PyTorch seeds each worker from the loader's.
-            seed = int(torch.randint(2**62, ()))
-            pixels = self.policy(pixels[None], torch.Generator().manual_seed(seed))[0]
+            pixels = self.policy(pixels[None], torch.Generator().manual_seed(seed + 1))[0]
         return pixels
 
 
@@ -89,9 +153,12 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def make_loader(
-    data: ImageData, config: TrainConfig, *, train: bool, generator: torch.Generator | None = None
-) -> DataLoader[Any]:
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches all processes; the main one decides when to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def make_loader(data: ImageData, config: TrainConfig, *, train: bool) -> Loader:
     """Batches ``(images (B, 3, H, W) uint8, labels (B,))`` of one split."""
     split = data.train if train else data.test
     dataset: Dataset[Any]
@@ -111,16 +178,16 @@ def make_loader(
         dataset = DecodingDataset(split, data.img_size, crop, policy)
         workers = config.workers
         collate = CollateReadable(config.skip_corrupt)
-    return DataLoader(
+    return Loader(
         dataset,
         batch_size=config.batch_size if train else max(config.batch_size, 256),
-        shuffle=train,
+        sampler=EpochSampler(len(split), shuffle=train, seed=config.seed),
         drop_last=train and len(split) >= config.batch_size,
-        generator=generator,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         collate_fn=collate,
+        worker_init_fn=_ignore_interrupt,
     )
 
 

@@ -104,10 +104,8 @@ def train_run(
     if teacher is not None:
         teacher.to(pick_device(config.device))  # labels hold it, no module does
 
-    loader = make_loader(
-        data, config, train=True, generator=torch.Generator().manual_seed(config.seed + 2)
-    )
-    generator = torch.Generator().manual_seed(config.seed + 3)
+    loader = make_loader(data, config, train=True)
+    generator = torch.Generator().manual_seed(config.seed + 2)
     task = MixingTask(
         mixing, config,
         augment=make_augment(data, config, generator, train=True),
