@@ -67,16 +67,19 @@ def test_file_then_options_make_the_settings(
     path = tmp_path / "settings.yaml"
     path.write_text("epochs: 7\nbatch_size: 16\nlr: 1e-3\n")
     arguments = ["--config", str(path), "--batch_size=8", "--tau", "inf", "--ema"]
+    arguments += ["--scale", "0.5", "1"]
     assert main(["train", *arguments, "--print-config"]) == 0
     settings = yaml.safe_load(capsys.readouterr().out)
     assert (settings["epochs"], settings["batch_size"]) == (7, 8)
     assert settings["lr"] == 1e-3
     assert settings["tau"] == float("inf")
     assert settings["ema"] is True
+    assert settings["scale"] == [0.5, 1.0]
 
 
 def test_saved_settings_train_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(train(tmp_path, "--name", "a", "--method", "cutmix", "--seed", "3")) == 0
+    options = ["--method", "cutmix", "--seed", "3", "--scale", "0.5", "1", "--max-steps", "1"]
+    assert main(train(tmp_path, "--name", "a", *options)) == 0
     saved = tmp_path / "runs" / "a" / "config.yaml"
     assert main(["train", "--config", str(saved), "--name", "b"]) == 0
     results = [
@@ -133,6 +136,17 @@ BAD_OPTIONS = [
     (["train", "--smoothing", "1"], "--smoothing to be at least 0 and less than 1"),
     (["train", "--reprob", "1.5"], "--reprob to be between 0 and 1"),
     (["train", "--name", "a/b"], "--name to be a plain folder name"),
+    (["train", "--scale", "0.5"], "2 values after --scale"),
+    (["train", "--scale", "0.5", "x"], "--scale to be a number"),
+    (["train", "--scale", "0.5", "0.1"], "--scale to be 2 rising numbers above 0 up to 1, got 0.5"),
+    (["train", "--ratio", "0", "1"], "--ratio to be 2 rising numbers above 0, got 0"),
+    (["train", "--std", "0", "1", "1"], "--std to be 3 numbers above 0 up to 1"),
+    (["train", "--scale", "0.5", "1", "--crop-padding", "2"], "either --scale"),
+    (["train", "--crop-pct", "0"], "--crop-pct to be above 0"),
+    (["train", "--interpolation", "random"], "one of bicubic, bilinear"),
+    (["train", "--aa", "trivial", "--color-jitter", "0.4"], "either --aa"),
+    (["train", "--data", "fake:3"], "fake:CLASSESxSIDExIMAGES"),
+    (["train", "--max-steps", "0"], "--max-steps to be at least 1"),
     (["train", "--aa", "auto"], "--aa to be none, trivial or rand"),
     (["train", "--method", "cutmx"], "got 'cutmx'; did you mean 'cutmix'"),
     (["train", "--method", "none.yaml"], "readable file"),
@@ -192,6 +206,7 @@ def test_bad_input_is_one_line_and_status_2(
         ("epoch: 3", "got 'epoch'; did you mean '--epochs'"),
         ("epochs: many", "--epochs to be a whole number, got 'many'"),
         ("epochs: [", "valid YAML"),
+        ("scale: [0.5]", "--scale to be 2 rising numbers"),
     ],
 )
 def test_bad_settings_files(

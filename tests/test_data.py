@@ -15,11 +15,18 @@ import torch
 from PIL import Image
 
 from vitmix.errors import InputError
-from vitmix.train.augment import BatchAugment, normalise, random_crop, random_erase, random_flip
+from vitmix.train.augment import (
+    BatchAugment,
+    normalise,
+    random_crop,
+    random_erase,
+    random_flip,
+    random_resized_crop,
+)
 from vitmix.train.config import TrainConfig
-from vitmix.train.data import load_data
+from vitmix.train.data import decode, load_data
 from vitmix.train.loading import Loader, make_augment, make_loader
-from vitmix.train.policies import OPERATIONS, Policy, make_policy
+from vitmix.train.policies import OPERATIONS, ColorJitter, Policy, make_policy
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -300,6 +307,53 @@ def test_crop_reaches_every_place_and_differs_between_images() -> None:
     assert (counts > 2000 / 9 * 0.75).all()
 
 
+RAMP = torch.arange(32.0).expand(1, 3, 32, 32).mul(8).to(torch.uint8)  # columns 0, 8, 16, ...
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "random"])
+def test_resized_crop_has_its_area_and_shape(interpolation: str) -> None:
+    images = torch.cat((RAMP, RAMP.transpose(2, 3))).repeat(200, 1, 1, 1)
+    out = random_resized_crop(images, (0.25, 0.5), (0.5, 2.0), interpolation, rng())
+    assert out.dtype == torch.uint8
+    # The brightness that a window spans tells its width (even rows) and height (odd rows).
+    # Borders are left out: there the interpolation is flat.
+    width = (out[0::2, 0, 16, 24].float() - out[0::2, 0, 16, 8].float()) / 128
+    height = (out[1::2, 0, 24, 16].float() - out[1::2, 0, 8, 16].float()) / 128
+    for side in (width, height):
+        assert 0.3 < side.min() < 0.45
+        assert 0.8 < side.max() <= 1.05
+        assert (side.mean() - 0.6).abs() < 0.03
+    same = random_resized_crop(images, (0.25, 0.5), (0.5, 2.0), interpolation, rng())
+    assert torch.equal(out, same)
+
+
+def test_whole_image_is_a_resized_crop() -> None:
+    noise = torch.randint(256, (4, 3, 16, 16), generator=rng(), dtype=torch.uint8)
+    assert torch.equal(random_resized_crop(noise, (1, 1), (1, 1), "bilinear", rng()), noise)
+    # No window of this shape fits; the whole image is taken.
+    assert torch.equal(random_resized_crop(noise, (1, 1), (9, 9), "bilinear", rng()), noise)
+
+
+def test_resized_crop_is_an_option_for_images_in_memory() -> None:
+    config = TrainConfig(img_size=16, scale=[0.5, 1.0], hflip=0.0)
+    data = load_data(config)
+    augment = make_augment(data, config, rng(), train=True)
+    assert (augment.scale, augment.crop_padding) == ((0.5, 1.0), 0)
+    assert make_augment(data, config, rng(), train=False).scale is None
+
+
+def test_color_jitter_has_its_strength_and_its_own_draws() -> None:
+    gray = torch.full((500, 3, 4, 4), 100, dtype=torch.uint8)
+    means = ColorJitter(0.4)(gray, rng()).float().mean((1, 2, 3))  # only brightness shows
+    assert 60 <= means.min() < 63
+    assert 137 < means.max() <= 140
+    assert (means.mean() - 100).abs() < 2
+    noise = torch.randint(256, (8, 3, 8, 8), generator=rng(), dtype=torch.uint8)
+    assert torch.equal(ColorJitter(1e-6)(noise, rng()), noise)
+    with pytest.raises(InputError, match="either --aa"):
+        make_policy("trivial", 0.4)
+
+
 def test_flip_has_its_probability() -> None:
     images = torch.arange(4, dtype=torch.uint8).view(1, 1, 1, 4).expand(4000, 1, 1, 4)
     flipped = random_flip(images, 0.3, rng())[:, 0, 0, 0] == 3
@@ -448,6 +502,50 @@ def test_large_images_are_decoded_when_needed(tmp_path: Path) -> None:
         assert images.dtype == torch.uint8
         assert len(images) == len(labels)
         assert make_augment(data, config, rng(), train=train)(images).dtype == torch.float32
+
+
+@pytest.mark.parametrize("side", [32, 128])  # in memory, decoded when needed
+def test_test_images_are_cut_out_of_the_middle(side: int) -> None:
+    whole = TrainConfig(data=f"fake:2x{side}x8", workers=0)
+    middle = TrainConfig(data=f"fake:2x{side}x8", workers=0, img_size=side // 2, crop_pct=0.5)
+    images, cut = (
+        next(iter(make_loader(load_data(c), c, train=False)))[0] for c in (whole, middle)
+    )
+    start = side // 4
+    assert torch.equal(cut, images[:, :, start : start + side // 2, start : start + side // 2])
+
+
+def test_test_images_are_resized_as_asked() -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(256, size=(9, 9, 3), dtype=np.uint8))
+    for interpolation in ("bicubic", "bilinear"):
+        expected = image.resize((6, 6), Image.Resampling[interpolation.upper()])
+        got = decode(image, 6, interpolation=interpolation)  # type: ignore[arg-type]
+        assert np.array_equal(got.permute(1, 2, 0).numpy(), np.asarray(expected))
+
+
+def test_mean_and_std_by_choice() -> None:
+    data = load_data(TrainConfig(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6]))
+    assert (data.mean, data.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "side", "train", "test"),
+    [("fake", 10, 32, 1024, 256), ("fake:3x16", 3, 16, 1024, 256), ("fake:5x8x10", 5, 8, 10, 2)],
+)
+def test_fake_images_have_their_shape(
+    name: str, classes: int, side: int, train: int, test: int
+) -> None:
+    data = load_data(TrainConfig(data=name))
+    assert (len(data.classes), data.img_size) == (classes, side)
+    assert (len(data.train), len(data.test)) == (train, test)
+    assert data.train.images is not None
+    assert len(data.train.images.flatten(1).unique(dim=0)) == train
+
+
+@pytest.mark.parametrize("name", ["fake:", "fake:3", "fake:1x32", "fake:2x32x1", "fake:axb"])
+def test_fake_images_of_no_shape(name: str) -> None:
+    with pytest.raises(InputError, match="fake:CLASSESxSIDExIMAGES"):
+        load_data(TrainConfig(data=name))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -278,6 +278,14 @@ def test_learning_happens(tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize(("max_steps", "epochs"), [(1, 1), (2, 1), (3, 2), (9, 3)])
+def test_steps_have_a_limit(tmp_path: Path, digits: Any, max_steps: int, epochs: int) -> None:
+    result = train_run(small(tmp_path, max_steps=max_steps, epochs=3), data=digits)
+    assert result.task.global_step == min(max_steps, 6)
+    assert (result.results["steps"], result.results["epochs"]) == (min(max_steps, 6), epochs)
+    assert math.isfinite(result.results["loss"])
+
+
 def test_teacher_from_a_checkpoint_or_an_earlier_run(tmp_path: Path, digits: Any) -> None:
     plain = train_run(small(tmp_path), data=digits)
     config = small(tmp_path, method="tokenmix", teacher=str(plain.folder / "last.ckpt"))

@@ -41,8 +41,25 @@ class Parser:
         self.types: dict[str, Any] = {}
         self.groups: dict[str, Any] = {}
 
-    def add(self, name: str, kind: Any, default: Any, text: str, group: str | None = None) -> None:
-        """Add an option (``--name``) or, without dashes, a positional argument."""
+    def add(
+        self,
+        name: str,
+        kind: Any,
+        default: Any,
+        text: str,
+        group: str | None = None,
+        count: int | None = None,
+    ) -> None:
+        """Add an option (``--name``) or, without dashes, a positional argument.
+
+        Args:
+            name: as the user types it.
+            kind: type of the value.
+            default: value where none is given.
+            text: help.
+            group: heading that the help stands under.
+            count: number of values of an option that takes several.
+        """
         target: Any = self.parser
         if group is not None:
             if group not in self.groups:
@@ -56,6 +73,12 @@ class Parser:
             target.add_argument(
                 name, type=bool, nargs="?", const=True, default=default, help=text,
                 metavar="BOOL",
+            )  # fmt: skip
+        elif count is not None:
+            kind = typing.get_args(_members(kind)[0])[0]
+            target.add_argument(
+                name, type=kind, nargs=count, default=default, help=text + shown,
+                metavar=_metavar(kind),
             )  # fmt: skip
         else:
             target.add_argument(
@@ -79,6 +102,7 @@ class Parser:
                     field.default,
                     field.metadata["help"],
                     field.metadata["group"],
+                    field.metadata["count"],
                 )
 
     def parse(self, arguments: list[str]) -> dict[str, Any]:
@@ -119,9 +143,11 @@ class Parser:
         if "Problems parsing config" in message:
             detail = " ".join(message.split("parsing config:")[-1].split())
             return f"expected --config to be valid YAML, got: {detail}"
-        missing = re.search(r"argument (--[\w-]+): expected one argument", message)
+        missing = re.search(r"argument (--[\w-]+): expected (one|\d+) argument", message)
         if missing:
-            return f"expected a value after {missing[1]}, got none; {see}"
+            what = "a value" if missing[2] == "one" else f"{missing[2]} values"
+            came = "none" if missing[2] == "one" else "another number of them"
+            return f"expected {what} after {missing[1]}, got {came}; {see}"
         value = re.search(r"(?:Got value|Given value): (.*)", message)
         named = re.search(r'key "([\w.]+)"', message)
         if named and value and named[1] in self.types:

@@ -12,9 +12,19 @@ import torch.nn.functional as F
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vitmix.train.policies import Policy
+    from vitmix.train.policies import Change
 
-__all__ = ["BatchAugment", "normalise", "random_crop", "random_erase", "random_flip"]
+Range = tuple[float, float]
+CROP_TRIES = 10  # draws of a window's area and shape until one fits into the image
+
+__all__ = [
+    "BatchAugment",
+    "normalise",
+    "random_crop",
+    "random_erase",
+    "random_flip",
+    "random_resized_crop",
+]
 
 
 def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
@@ -30,6 +40,54 @@ def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Ten
     # Advanced indices around a slice come first: (B, H, W, C).
     window = padded[sample[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     return window.permute(0, 3, 1, 2).contiguous()
+
+
+def random_resized_crop(
+    images: Tensor, scale: Range, ratio: Range, interpolation: str, generator: torch.Generator
+) -> Tensor:
+    """Cut a window of random area and shape from each image and bring it to the old size.
+
+    The rule is that of Inception (Szegedy et al. 2015) and torchvision's ``RandomResizedCrop``,
+    with a draw for each image.
+
+    Args:
+        images: ``(B, C, H, W)`` uint8.
+        scale: least and largest share of the image's area.
+        ratio: least and largest width over height.
+        interpolation: ``"bicubic"``, ``"bilinear"`` or ``"random"``, one of the two for each image.
+        generator: source of the draws.
+
+    Returns:
+        ``(B, C, H, W)`` uint8.
+    """
+    count, _, height, width = images.shape
+    shape = (CROP_TRIES, count)
+    area = torch.empty(shape).uniform_(*scale, generator=generator) * height * width
+    bounds = math.log(ratio[0]), math.log(ratio[1])
+    aspect = torch.empty(shape).uniform_(*bounds, generator=generator).exp()
+    size = torch.stack(((area * aspect).sqrt(), (area / aspect).sqrt())).round()  # width, height
+    whole = torch.tensor([float(width), float(height)])[:, None]
+    fits = ((size >= 1) & (size <= whole[:, None])).all(0)
+    first = fits.int().argmax(0)  # the first that fits
+    size = size.gather(1, first.expand(2, 1, count))[:, 0]
+    size = torch.where(fits.any(0), size, whole)
+    corner = (torch.rand(2, count, generator=generator) * (whole - size + 1)).floor()
+    window = torch.zeros(count, 2, 3)  # from output to input places, both in [-1, 1]
+    window[:, [0, 1], [0, 1]] = (size / whole).T
+    window[:, :, 2] = ((2 * corner + size) / whole - 1).T
+    cubic = torch.full((count,), interpolation == "bicubic")
+    if interpolation == "random":
+        cubic = torch.rand(count, generator=generator) < 0.5
+    grid = F.affine_grid(window.to(images.device), list(images.shape), align_corners=False)
+    out = torch.empty_like(images)
+    for mode, chosen in (("bicubic", cubic), ("bilinear", ~cubic)):
+        rows = chosen.nonzero().flatten().to(images.device)
+        if len(rows):
+            sampled = F.grid_sample(
+                images[rows].float(), grid[rows], mode, padding_mode="border", align_corners=False
+            )
+            out[rows] = sampled.round().clamp(0, 255).to(torch.uint8)
+    return out
 
 
 def random_flip(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
@@ -77,18 +135,28 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 
 @dataclass
 class BatchAugment:
-    """Random crop, flip, policy, normalisation, erasing; each skipped where it is off."""
+    """Random crop, flip, policy, normalisation, erasing; each skipped where it is off.
+
+    With ``scale`` the crop is a resized one; see :func:`random_resized_crop`.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     generator: torch.Generator
     crop_padding: int = 0
     hflip: float = 0.0
-    policy: Policy | None = None
+    policy: Change | None = None
     reprob: float = 0.0
+    scale: Range | None = None
+    ratio: Range = (3 / 4, 4 / 3)
+    interpolation: str = "bicubic"
 
     def __call__(self, images: Tensor) -> Tensor:
         """Augment ``(B, 3, H, W)`` uint8 images; returns normalised floats."""
+        if self.scale is not None:
+            images = random_resized_crop(
+                images, self.scale, self.ratio, self.interpolation, self.generator
+            )
         images = random_crop(images, self.crop_padding, self.generator)
         images = random_flip(images, self.hflip, self.generator)
         if self.policy is not None:

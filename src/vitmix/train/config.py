@@ -16,18 +16,26 @@ from vitmix.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Device", "Precision", "TrainConfig", "suggest"]
+__all__ = ["Device", "Interpolation", "Precision", "TrainConfig", "suggest"]
 
 T = TypeVar("T")
 Precision = Literal["fp32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Interpolation = Literal["bicubic", "bilinear"]
 
 GROUPS = ("Data", "Augmentation", "Model", "Method", "Optimisation", "Run")
 
 
-def option(group: str, default: T, text: str) -> T:
-    """A dataclass field with the group and the help text that the command line shows."""
-    made: T = field(default=default, metadata={"group": group, "help": text})
+def option(group: str, default: T, text: str, count: int | None = None) -> T:
+    """A dataclass field with the group and the help text that the command line shows.
+
+    Args:
+        group: heading in the help.
+        default: value where none is given.
+        text: what the help says.
+        count: number of values that the option takes, for a list.
+    """
+    made: T = field(default=default, metadata={"group": group, "help": text, "count": count})
     return made
 
 
@@ -43,7 +51,8 @@ class TrainConfig:
         "Data",
         "digits",
         "digits (comes with scikit-learn), a folder of class folders, a folder of Parquet files in "
-        "the Hugging Face image layout, or a torchvision data set such as cifar10",
+        "the Hugging Face image layout, a torchvision data set such as cifar10, or fake (random "
+        "images; fake:10x32x640 for 10 classes, side 32 and 640 training images)",
     )
     data_root: str = option("Data", "data", "where torchvision's data sets are stored")
     download: bool = option("Data", False, "let torchvision fetch a data set that is not there yet")
@@ -58,16 +67,42 @@ class TrainConfig:
     img_size: int | None = option(
         "Data", None, "side in pixels that images are brought to (default: the size they have)"
     )
+    crop_pct: float = option(
+        "Data", 1.0, "side of the middle cut out of a test image, as a share of its shorter side"
+    )
+    interpolation: Interpolation = option("Data", "bicubic", "how test images are resized")
+    mean: list[float] | None = option(
+        "Data", None, "mean of each channel in [0, 1] (default: the data's, or ImageNet's)", 3
+    )
+    std: list[float] | None = option(
+        "Data", None, "standard deviation of each channel (default: likewise)", 3
+    )
     workers: int = option("Data", 4, "processes that decode images too large to hold in memory")
 
     crop_padding: int | None = option(
         "Augmentation", None, "padding of the random crop (default: 1/8 of the image side)"
+    )
+    scale: list[float] | None = option(
+        "Augmentation",
+        None,
+        "least and largest share of the image in a random resized crop (default: 0.08 1.0 for "
+        "images that are decoded when needed; a padded crop for those held in memory)",
+        2,
+    )
+    ratio: list[float] | None = option(
+        "Augmentation", None, "least and largest aspect ratio of that crop (default: 3/4 4/3)", 2
+    )
+    train_interpolation: Interpolation | Literal["random"] = option(
+        "Augmentation", "bicubic", "how that crop is resized"
     )
     hflip: float | None = option(
         "Augmentation", None, "probability of a horizontal flip (default: 0.5, for digits 0)"
     )
     aa: str = option(
         "Augmentation", "none", "none, trivial, or RandAugment in timm's notation: rand-m9-mstd0.5"
+    )
+    color_jitter: float | None = option(
+        "Augmentation", None, "strength of changes of brightness, contrast and saturation"
     )
     reprob: float = option("Augmentation", 0.0, "probability of random erasing")
 
@@ -95,6 +130,7 @@ class TrainConfig:
     )
 
     epochs: int = option("Optimisation", 10, "passes over the training data")
+    max_steps: int | None = option("Optimisation", None, "stop after so many steps (a dry run)")
     batch_size: int = option("Optimisation", 128, "images a step")
     lr: float = option("Optimisation", 6e-4, "peak learning rate of AdamW")
     min_lr: float = option("Optimisation", 1e-5, "learning rate at the end of the cosine")
@@ -105,12 +141,8 @@ class TrainConfig:
     ema: bool = option("Optimisation", False, "evaluate an exponential moving average of weights")
     ema_decay: float = option("Optimisation", 0.999, "decay of that average, a step")
 
-    precision: Precision = option(  # noqa: RUF009
-        "Run", "fp32", "arithmetic of the model"
-    )
-    device: Device = option(  # noqa: RUF009
-        "Run", "auto", "where to run"
-    )
+    precision: Precision = option("Run", "fp32", "arithmetic of the model")
+    device: Device = option("Run", "auto", "where to run")
     channels_last: bool = option("Run", False, "channels-last memory layout (faster convolutions)")
     threads: int | None = option("Run", None, "CPU threads (default: PyTorch's choice)")
     seed: int = option("Run", 0, "seed of weights, order, augmentation and mixing")
@@ -140,13 +172,13 @@ class TrainConfig:
         at_least: dict[str, float] = {
             "train_limit": 2, "img_size": 4, "workers": 0, "crop_padding": 0, "kappa": 1,
             "block": 0, "vertical_block": 0, "epochs": 1, "batch_size": 1, "warmup_epochs": 0,
-            "weight_decay": 0, "min_lr": 0, "threads": 1, "log_every": 1, "seed": 0,
+            "weight_decay": 0, "min_lr": 0, "threads": 1, "max_steps": 1, "log_every": 1, "seed": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise InputError(f"expected {_dashed(name)} to be at least {least}, got {value}")
-        for name in ("lr", "alpha", "clip_grad"):
+        for name in ("lr", "alpha", "clip_grad", "color_jitter"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise InputError(f"expected {_dashed(name)} to be greater than 0, got {value}")
@@ -157,6 +189,9 @@ class TrainConfig:
             if value is not None and not (0 <= value <= 1 if inclusive else 0 <= value < 1):
                 bound = "between 0 and 1" if inclusive else "at least 0 and less than 1"
                 raise InputError(f"expected {_dashed(name)} to be {bound}, got {value}")
+        if not 0 < self.crop_pct <= 1:
+            raise InputError(f"expected --crop-pct to be above 0 and up to 1, got {self.crop_pct}")
+        self._check_lists()
         if self.test_share == 0:
             raise InputError("expected --test-share to be greater than 0, got 0")
         if self.tau is not None and not self.tau > 0:
@@ -165,6 +200,28 @@ class TrainConfig:
             raise InputError(
                 f"expected --name to be a plain folder name, got {self.name!r}; "
                 "use --out for the folder that it is made in"
+            )
+
+    def _check_lists(self) -> None:
+        """Refuse lists of another length, out of range, or out of order."""
+        for entry in fields(self):
+            values, count = getattr(self, entry.name), entry.metadata["count"]
+            if values is None or count is None:
+                continue
+            rising = entry.name in ("scale", "ratio")
+            top = math.inf if entry.name == "ratio" else 1.0
+            inside = all(0 <= value <= top and (value or entry.name == "mean") for value in values)
+            if len(values) != count or not inside or (rising and values[0] > values[1]):
+                bound = "" if entry.name == "mean" else " above 0"
+                bound += " up to 1" if top == 1 else ""
+                raise InputError(
+                    f"expected {_dashed(entry.name)} to be {count}{' rising' if rising else ''} "
+                    f"numbers{bound}, got {' '.join(map(str, values))}"
+                )
+        if self.scale is not None and self.crop_padding is not None:
+            raise InputError(
+                "expected either --scale, a random resized crop, or --crop-padding, a padded one; "
+                "got both"
             )
 
 

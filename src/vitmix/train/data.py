@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +19,7 @@ from vitmix.train.records import Records, Source, read_source
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vitmix.train.config import TrainConfig
+    from vitmix.train.config import Interpolation, TrainConfig
 
 __all__ = ["ImageData", "Split", "corrupt", "decode", "load_data"]
 
@@ -65,6 +67,12 @@ def load_data(config: TrainConfig) -> ImageData:
     Raises:
         InputError: for everything that would make training on it wrong.
     """
+    data = _load(config)
+    mean, std = tuple(config.mean or data.mean), tuple(config.std or data.std)
+    return replace(data, mean=mean, std=std)
+
+
+def _load(config: TrainConfig) -> ImageData:
     source = read_source(
         config.data,
         root=config.data_root,
@@ -85,8 +93,10 @@ def load_data(config: TrainConfig) -> ImageData:
             source.name, source.classes, Split(train.labels, None, train),
             Split(test.labels, None, test), size, IMAGENET_MEAN, IMAGENET_STD, source.mirror, 0,
         )  # fmt: skip
-    train_split, train_skipped = _decode(train, size, check, config.skip_corrupt)
-    test_split, test_skipped = _decode(test, size, check, config.skip_corrupt)
+    read = partial(decode, size=size, interpolation=config.interpolation)
+    read_test = partial(read, crop_pct=config.crop_pct)
+    train_split, train_skipped = _decode(train, size, read, check, config.skip_corrupt)
+    test_split, test_skipped = _decode(test, size, read_test, check, config.skip_corrupt)
     if not len(test_split) or len(set(train_split.labels.tolist())) < 2:
         raise InputError(f"expected readable images in {config.data}, too few are left of it")
     assert train_split.images is not None
@@ -216,21 +226,31 @@ def corrupt(place: str) -> CorruptImageError:
     )
 
 
-def decode(image: Image.Image, size: int) -> Tensor:
-    """A PIL image as ``(3, size, size)`` uint8: shorter side resized, middle cut out."""
+def decode(
+    image: Image.Image, size: int, crop_pct: float = 1.0, interpolation: Interpolation = "bicubic"
+) -> Tensor:
+    """A PIL image as ``(3, size, size)`` uint8: shorter side resized, middle cut out.
+
+    The shorter side becomes ``size / crop_pct`` pixels.
+    """
     image = image.convert("RGB")
-    if image.size != (size, size):
+    shorter = int(size / crop_pct)
+    if image.size != (size, size) or shorter != size:
         width, height = image.size
-        scale = size / min(width, height)
-        resized = (max(size, round(width * scale)), max(size, round(height * scale)))
-        image = image.resize(resized, Image.Resampling.BICUBIC)
+        scale = shorter / min(width, height)
+        resized = (max(shorter, round(width * scale)), max(shorter, round(height * scale)))
+        image = image.resize(resized, Image.Resampling[interpolation.upper()])
         left, top = (resized[0] - size) // 2, (resized[1] - size) // 2
         image = image.crop((left, top, left + size, top + size))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _decode(
-    records: Records, size: int, check: _SizeCheck, skip_corrupt: bool
+    records: Records,
+    size: int,
+    read: Callable[[Image.Image], Tensor],
+    check: _SizeCheck,
+    skip_corrupt: bool,
 ) -> tuple[Split, int]:
     """All images in one tensor, and how many were skipped. Threads: Pillow releases the GIL."""
     images = torch.empty((len(records), 3, size, size), dtype=torch.uint8)
@@ -240,7 +260,7 @@ def _decode(
         try:
             with records.open(row) as image:
                 check(image.size, records.describe(row))
-                images[row] = decode(image, size)
+                images[row] = read(image)
         except InputError:  # a wrong size; also a ValueError
             raise
         except DECODE_ERRORS as error:

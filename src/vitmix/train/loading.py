@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 
 from vitmix.train.augment import BatchAugment
 from vitmix.train.data import DECODE_ERRORS, ImageData, Split, corrupt, decode
-from vitmix.train.policies import Policy, make_policy
+from vitmix.train.policies import Change, make_policy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from PIL.Image import Image
     from torch import Tensor
 
     from vitmix.train.config import TrainConfig
@@ -83,6 +86,12 @@ class Loader(DataLoader[Any]):
         self._done = state["batches"]
 
 
+INTERPOLATIONS = {
+    "bicubic": InterpolationMode.BICUBIC,
+    "bilinear": InterpolationMode.BILINEAR,
+}
+
+
 class MemoryDataset(Dataset[Any]):
     """Decoded images; a batch is one index operation."""
 
@@ -101,9 +110,15 @@ class MemoryDataset(Dataset[Any]):
 class DecodingDataset(Dataset[Any]):
     """Images decoded when needed. A corrupt one gives its place instead of its pixels."""
 
-    def __init__(self, split: Split, size: int, crop: v2.Transform | None, policy: Policy | None):
+    def __init__(
+        self,
+        split: Split,
+        read: Callable[[Image], Tensor],
+        crop: v2.Transform | None,
+        policy: Change | None,
+    ):
         assert split.records is not None
-        self.records, self.size, self.crop, self.policy = split.records, size, crop, policy
+        self.records, self.read, self.crop, self.policy = split.records, read, crop, policy
 
     def __len__(self) -> int:
         return len(self.records)
@@ -118,7 +133,7 @@ class DecodingDataset(Dataset[Any]):
 
     def _pixels(self, image: Any, seed: int) -> Tensor:
         if self.crop is None:
-            return decode(image, self.size)
+            return self.read(image)
         # torchvision draws from the global generator: it is seeded for this image, whichever
         # process decodes it, and put back.
         with torch.random.fork_rng(devices=[]):
@@ -169,13 +184,16 @@ def make_loader(data: ImageData, config: TrainConfig, *, train: bool) -> Loader:
     else:
         crop = None
         if train:
-            steps: list[Any] = [v2.RandomResizedCrop(data.img_size, interpolation=3)]
+            steps: list[Any] = [_resized_crop(data.img_size, config)]
             flip = _flip_probability(data, config)
             if flip:
                 steps.append(v2.RandomHorizontalFlip(flip))
             crop = v2.Compose(steps)
-        policy = make_policy(config.aa) if train else None
-        dataset = DecodingDataset(split, data.img_size, crop, policy)
+        policy = make_policy(config.aa, config.color_jitter) if train else None
+        read = partial(
+            decode, size=data.img_size, crop_pct=config.crop_pct, interpolation=config.interpolation
+        )
+        dataset = DecodingDataset(split, read, crop, policy)
         workers = config.workers
         collate = CollateReadable(config.skip_corrupt)
     return Loader(
@@ -200,15 +218,41 @@ def make_augment(
     if data.train.images is None:  # cropped, flipped and augmented while it was decoded
         return BatchAugment(data.mean, data.std, generator, reprob=config.reprob)
     padding = config.crop_padding
+    if padding is None:
+        padding = data.img_size // 8 if config.scale is None else 0
     return BatchAugment(
         data.mean,
         data.std,
         generator,
-        crop_padding=data.img_size // 8 if padding is None else padding,
+        crop_padding=padding,
         hflip=_flip_probability(data, config),
-        policy=make_policy(config.aa),
+        policy=make_policy(config.aa, config.color_jitter),
         reprob=config.reprob,
+        scale=None if config.scale is None else (config.scale[0], config.scale[1]),
+        ratio=_ratio(config),
+        interpolation=config.train_interpolation,
     )
+
+
+def _ratio(config: TrainConfig) -> tuple[float, float]:
+    return (3 / 4, 4 / 3) if config.ratio is None else (config.ratio[0], config.ratio[1])
+
+
+def _resized_crop(size: int, config: TrainConfig) -> v2.Transform:
+    """A random resized crop of a decoded image."""
+    scale = tuple(config.scale or (0.08, 1.0))
+    modes = (
+        list(INTERPOLATIONS)
+        if config.train_interpolation == "random"
+        else [config.train_interpolation]
+    )
+    crops = [
+        v2.RandomResizedCrop(
+            size, scale=scale, ratio=_ratio(config), interpolation=INTERPOLATIONS[mode]
+        )
+        for mode in modes
+    ]
+    return crops[0] if len(crops) == 1 else v2.RandomChoice(crops)
 
 
 def _flip_probability(data: ImageData, config: TrainConfig) -> float:

@@ -35,7 +35,7 @@ class MixingTask(pl.LightningModule):
         augment: what happens to a training batch on its device.
         prepare: what happens to a test batch there.
         num_classes: number of classes.
-        steps: optimiser steps of the whole run.
+        epoch_steps: optimiser steps an epoch.
         facts: plain values to be stored in checkpoints, enough to build the model again.
     """
 
@@ -47,16 +47,19 @@ class MixingTask(pl.LightningModule):
         augment: BatchAugment,
         prepare: BatchAugment,
         num_classes: int,
-        steps: int,
+        epoch_steps: int,
         facts: dict[str, Any],
     ) -> None:
         super().__init__()
         self.mixing = mixing
         self.config = config
         self.augment, self.prepare = augment, prepare
-        self.steps = steps
+        self.epoch_steps = epoch_steps
+        self.steps = epoch_steps * config.epochs
+        if config.max_steps is not None:
+            self.steps = min(self.steps, config.max_steps)
         self.facts = facts
-        self.log_every = config.log_every or max(1, round(steps / 1000))
+        self.log_every = config.log_every or max(1, round(self.steps / 1000))
         self.top1 = MulticlassAccuracy(num_classes, average="micro")
         self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro")
         self.val_loss = MeanMetric()
@@ -88,6 +91,11 @@ class MixingTask(pl.LightningModule):
         self._record({"train/loss": loss.detach(), **out.stats})
         self._epoch_loss.append(loss.detach())
         return loss
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Stop where ``max_steps`` says so; the epoch is closed as usual."""
+        if self.global_step >= self.steps:
+            self.trainer.should_stop = True
 
     def _record(self, values: dict[str, Tensor]) -> None:
         """Log the mean of each value over ``log_every`` steps."""
@@ -136,7 +144,7 @@ class MixingTask(pl.LightningModule):
         optimiser = torch.optim.AdamW(
             parameter_groups(self.mixing, config.weight_decay), lr=config.lr
         )
-        warmup = round(config.warmup_epochs * self.steps / config.epochs)
+        warmup = round(config.warmup_epochs * self.epoch_steps)
         floor = min(config.min_lr / config.lr, 1.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimiser, lambda step: learning_rate_factor(step, self.steps, warmup, floor)

@@ -1,4 +1,4 @@
-"""RandAugment and TrivialAugment on whole batches, every image with its own draw.
+"""RandAugment, TrivialAugment and colour jitter on whole batches, every image with its own draw.
 
 torchvision's classes give one draw to the whole batch. Here the draws are made per image, and the
 images that drew the same operation and strength go through torchvision's v2 function together.
@@ -21,7 +21,10 @@ from vitmix.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Policy", "make_policy"]
+__all__ = ["Change", "ColorJitter", "Policy", "make_policy"]
+
+# What is done to (B, 3, H, W) uint8 images, with a source of draws.
+Change = Callable[["Tensor", torch.Generator], "Tensor"]
 
 BINS = 31  # strengths are rounded to this many steps, as TrivialAugment defines them
 
@@ -94,15 +97,44 @@ class Policy:
         return images
 
 
-def make_policy(name: str) -> Policy | None:
+@dataclass(frozen=True)
+class ColorJitter:
+    """Brightness, contrast and saturation, each changed by a factor in ``1 - s`` to ``1 + s``."""
+
+    strength: float
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Change ``(B, 3, H, W)`` uint8 images, each with its own draw."""
+        change = torch.rand(3, len(images), 1, 1, 1, generator=generator) * 2 - 1
+        factors = (1 + change * self.strength).clamp_min(0).to(images.device)
+        pixels = images.float()
+        for index in torch.randperm(3, generator=generator).tolist():
+            gray = F.rgb_to_grayscale(pixels)
+            base = (torch.zeros_like(gray), gray.mean((-2, -1), keepdim=True), gray)[index]
+            pixels = (base + factors[index] * (pixels - base)).clamp(0, 255)
+        return pixels.round().to(torch.uint8)
+
+
+def make_policy(name: str, color_jitter: float | None = None) -> Change | None:
     """The policy of a name: ``none``, ``trivial``, or timm's notation such as ``rand-m9-n2``.
 
+    Args:
+        name: the policy.
+        color_jitter: strength of a colour jitter, instead of a policy.
+
     Raises:
-        InputError: for anything else.
+        InputError: for anything else, or for both a policy and colour jitter.
 
     >>> make_policy("rand-m9-mstd0.5")
     Policy(count=2, magnitude=9.0, magnitude_std=0.5)
     """
+    if color_jitter is not None:
+        if name != "none":
+            raise InputError(
+                f"expected either --aa, whose operations change colours, or --color-jitter; "
+                f"got --aa {name} and --color-jitter {color_jitter}; set one to none (null)"
+            )
+        return ColorJitter(color_jitter)
     if name == "none":
         return None
     if name == "trivial":

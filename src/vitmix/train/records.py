@@ -6,6 +6,7 @@ import gzip
 import importlib.resources
 import io
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,11 +102,13 @@ def read_source(
     name = data.removeprefix("torchvision:").lower()
     if data.lower() == "digits":
         return _read_digits()
+    if data.split(":")[0] == "fake":
+        return _make_fake(data)
     if name in TORCHVISION_SETS and not Path(data).is_dir():
         return _read_torchvision(name, Path(root), download)
     path = Path(data).expanduser()
     if data.startswith("torchvision:") or not path.exists():
-        known = ("digits", *TORCHVISION_SETS)
+        known = ("digits", "fake", *TORCHVISION_SETS)
         raise InputError(
             f"expected --data to be an existing folder or one of {', '.join(known)}; "
             f"there is no {data!r}{suggest(name, known)}"
@@ -138,6 +141,44 @@ def _read_digits() -> Source:
     records = Records(labels, open_digit, lambda row: f"digit {row}")
     names = tuple(str(digit) for digit in range(10))
     return Source("digits", names, records, None, mirror=False, ordered=True)
+
+
+def _make_fake(data: str) -> Source:
+    """Random images for dry runs: ``fake:CLASSESxSIDExIMAGES``; a quarter as many to test on."""
+    shape = re.fullmatch(r"fake(?::(\d+)x(\d+)(?:x(\d+))?)?", data)
+    classes, side, count = ((int(n) if n else 0) for n in shape.groups()) if shape else (1, 0, 0)
+    classes, side, count = classes or 10, side or 32, count or 1024
+    if shape is None or min(classes, count) < 2:
+        raise InputError(
+            "expected fake data as fake:CLASSESxSIDExIMAGES with at least 2 classes and images, "
+            f"for example fake:100x32x640, got {data!r}"
+        )
+
+    def split(first: int, count: int) -> Records:
+        return Records(torch.arange(count) % classes, _Noise(first, side), _NumberOf("fake image"))
+
+    names = tuple(f"class {label}" for label in range(classes))
+    return Source("fake", names, split(0, count), split(count, max(1, count // 4)))
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """Random pixels, the same for the same row."""
+
+    first: int
+    side: int
+
+    def __call__(self, row: int) -> Image.Image:
+        rng = np.random.default_rng(self.first + row)
+        return Image.fromarray(rng.integers(256, size=(self.side, self.side, 3), dtype=np.uint8))
+
+
+@dataclass(frozen=True)
+class _NumberOf:
+    what: str
+
+    def __call__(self, row: int) -> str:
+        return f"{self.what} {row}"
 
 
 def _read_torchvision(name: str, root: Path, download: bool) -> Source:

@@ -110,7 +110,7 @@ def train_run(
         mixing, config,
         augment=make_augment(data, config, generator, train=True),
         prepare=make_augment(data, config, generator, train=False),
-        num_classes=classes, steps=len(loader) * config.epochs, facts=make_facts(config, data),
+        num_classes=classes, epoch_steps=len(loader), facts=make_facts(config, data),
     )  # fmt: skip
     if config.channels_last:
         task.to(memory_format=torch.channels_last)
@@ -130,7 +130,7 @@ def train_run(
         "loss": last["val/loss"],
         "best_top1": checkpoints.best_top1,
         "best_epoch": checkpoints.best_epoch,
-        "epochs": config.epochs,
+        "epochs": len(task.history),
         "steps": task.steps,
         "method": config.method,
         "model": config.model,
@@ -144,7 +144,8 @@ def train_run(
         "precision": config.precision,
         "device": device_name(trainer.strategy.root_device),
         "seconds": seconds,
-        "images_per_second": len(data.train) * config.epochs / seconds,
+        "images_per_second": min(task.steps * config.batch_size, len(data.train) * config.epochs)
+        / seconds,
         "started": started.isoformat(timespec="seconds"),
         "commit": commit(),
         "versions": versions(),
@@ -157,7 +158,7 @@ def train_run(
 def check_config(config: TrainConfig) -> None:
     """Everything that can be refused before data is read."""
     config.validate()
-    make_policy(config.aa)
+    make_policy(config.aa, config.color_jitter)
     device = pick_device(config.device)
     if config.precision == "fp16" and device == "cpu":
         raise InputError("expected a GPU for --precision fp16, got the CPU; use bf16 or fp32")
