@@ -26,7 +26,8 @@ from vitmix.train.augment import (
 from vitmix.train.config import TrainConfig
 from vitmix.train.data import decode, load_data
 from vitmix.train.loading import Loader, make_augment, make_loader
-from vitmix.train.policies import OPERATIONS, ColorJitter, Policy, make_policy
+from vitmix.train.operations import MOVES, OPERATIONS, warp
+from vitmix.train.policies import SPACES, ColorJitter, Policy, make_policy
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -378,17 +379,85 @@ def test_normalise_inverts() -> None:
     torch.testing.assert_close(back * 255, images.float())
 
 
-@pytest.mark.parametrize("name", list(OPERATIONS))
-def test_operations_keep_shape_and_dtype_and_treat_images_alone(name: str) -> None:
-    images = torch.randint(0, 255, (3, 3, 8, 8), dtype=torch.uint8, generator=rng())
-    together = OPERATIONS[name](images, 0.5)
-    assert together.shape == images.shape
-    assert together.dtype == torch.uint8
-    alone = torch.cat([OPERATIONS[name](image[None], 0.5) for image in images])
-    assert torch.equal(together, alone)
+def photograph(size: tuple[int, int] = (20, 24)) -> torch.Tensor:
+    """A smooth picture with all colours, ``(1, 3, H, W)`` uint8."""
+    coarse = torch.rand(1, 3, 4, 4, generator=rng(2)) * 255
+    return torch.nn.functional.interpolate(coarse, size, mode="bilinear").to(torch.uint8)
 
 
-@pytest.mark.parametrize("policy", [Policy(), Policy(2, 9.0, 0.5)])
+# Our names, timm's, and an amount in the units of both.
+COLOURS = [
+    ("autocontrast", "AutoContrast", None), ("equalize", "Equalize", None),
+    ("invert", "Invert", None), ("posterize", "Posterize", 1), ("posterize", "Posterize", 3),
+    ("solarize", "Solarize", 100), ("solarize_add", "SolarizeAdd", 90), ("color", "Color", 0.2),
+    ("color", "Color", 1.8), ("contrast", "Contrast", 0.4), ("contrast", "Contrast", 1.7),
+    ("brightness", "Brightness", 0.3), ("brightness", "Brightness", 1.6),
+    ("sharpness", "Sharpness", 0.1), ("sharpness", "Sharpness", 1.9),
+]  # fmt: skip
+MOVED = [
+    ("shear_x", "ShearX", 0.27), ("shear_y", "ShearY", -0.2), ("translate_x", "TranslateXRel", 0.3),
+    ("translate_y", "TranslateYRel", -0.25), ("rotate", "Rotate", 25.0),
+]  # fmt: skip
+
+
+def timm_result(name: str, amount: float | None, image: torch.Tensor) -> torch.Tensor:
+    from timm.data.auto_augment import NAME_TO_OP
+
+    picture = Image.fromarray(image[0].permute(1, 2, 0).numpy())
+    arguments = () if amount is None else (amount,)
+    options = {"resample": Image.Resampling.BILINEAR, "fillcolor": (10, 20, 30)}
+    made = np.asarray(NAME_TO_OP[name](picture, *arguments, **options))
+    return torch.from_numpy(made.copy()).permute(2, 0, 1)[None]
+
+
+@pytest.mark.parametrize(("name", "theirs", "amount"), COLOURS)
+def test_colour_operations_are_those_of_timm(name: str, theirs: str, amount: float | None) -> None:
+    image = photograph()
+    mine = OPERATIONS[name](image, torch.full((1, 1, 1, 1), float(amount or 0)))
+    assert mine.dtype == torch.uint8
+    assert (mine.int() - timm_result(theirs, amount, image).int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(("name", "theirs", "amount"), MOVED)
+def test_moves_are_those_of_timm(name: str, theirs: str, amount: float) -> None:
+    image = photograph()
+    matrix = MOVES[name](torch.tensor([amount]), image.shape[2] / image.shape[3])
+    mine = warp(image, matrix, torch.tensor([10.0, 20.0, 30.0]))
+    difference = (mine.int() - timm_result(theirs, amount, image).int()).abs().float()
+    assert difference.median() <= 1  # all but the pixels at the border, which we blend
+    assert (difference.amax(1) > 3).float().mean() < 0.15
+
+
+def test_strengths_are_those_of_timm() -> None:
+    from timm.data import auto_augment
+
+    names = {
+        "shear_x": "ShearX", "translate_y": "TranslateYRel", "rotate": "Rotate",
+        "solarize_add": "SolarizeAdd", "posterize": "Posterize", "solarize": "Solarize",
+        "color": "Color", "sharpness": "Sharpness",
+    }  # fmt: skip
+    for space, ending in (("rand", ""), ("rand-increasing", "Increasing")):
+        for name, theirs in names.items():
+            level_fn = auto_augment.LEVEL_TO_ARG.get(theirs + ending)
+            level_fn = level_fn or auto_augment.LEVEL_TO_ARG[theirs]
+            for level in (0.0, 4.7, 9.0, 10.0):
+                amounts = [
+                    float(SPACES[space][name](torch.tensor(level / 10), torch.tensor(sign)))
+                    for sign in (-1.0, 1.0)
+                ]
+                (theirs_amount,) = level_fn(level, {})
+                near = [abs(amount - theirs_amount) < 1e-5 for amount in amounts]
+                assert any(near), (space, name, level)
+    assert len(SPACES["rand-increasing"]) == len(auto_augment._RAND_INCREASING_TRANSFORMS)
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_every_space_begins_with_the_moves(space: str) -> None:
+    assert list(SPACES[space])[: len(MOVES)] == list(MOVES)
+    assert set(SPACES[space]) - set(MOVES) - set(OPERATIONS) <= {"identity"}
+
+
+@pytest.mark.parametrize("policy", [Policy(), Policy("rand", 2, 9.0, 0.5)])
 def test_policy_draws_for_every_image(policy: Policy) -> None:
     image = torch.randint(0, 255, (1, 3, 8, 8), dtype=torch.uint8, generator=rng())
     out = policy(image.expand(64, -1, -1, -1), rng())
@@ -396,10 +465,41 @@ def test_policy_draws_for_every_image(policy: Policy) -> None:
     assert torch.equal(out, policy(image.expand(64, -1, -1, -1), rng()))
 
 
+@pytest.mark.parametrize("space", SPACES)
+def test_policy_gives_each_image_what_it_gives_it_alone(space: str) -> None:
+    """Sorting and grouping leave every image in its place."""
+    images = torch.randint(0, 255, (40, 3, 8, 8), dtype=torch.uint8, generator=rng())
+    together = Policy(space, 1, 8.0)(images, rng(4))
+    for row in (0, 17, 39):
+        lonely = torch.zeros_like(images)
+        lonely[row] = images[row]
+        assert torch.equal(Policy(space, 1, 8.0)(lonely, rng(4))[row], together[row])
+
+
+def test_chance_leaves_images_alone() -> None:
+    images = torch.randint(0, 255, (2000, 3, 4, 4), dtype=torch.uint8, generator=rng())
+    out = Policy("rand", 1, 9.0, chance=0.3)(images, rng())
+    changed = (out != images).flatten(1).any(1).float().mean()
+    assert 0.25 < changed < 0.31
+
+
+def test_further_channels_are_moved_with_the_image() -> None:
+    """A map that is the image's red channel stays so under moves, and is untouched by colour."""
+    images = photograph((16, 16)).repeat(200, 1, 1, 1)
+    both = torch.cat((images, images[:, :1]), 1)
+    out = Policy("rand", 1, 9.0, fill=(0.0, 0.0, 0.0))(both, rng())
+    same = (out[:, 3] == out[:, 0]).flatten(1).all(1)
+    still = (out[:, 3] == images[:, 0]).flatten(1).all(1)
+    assert (same | still).all()
+    assert (same & ~still).sum() > 30  # five of fifteen operations move
+
+
 def test_policy_names() -> None:
     assert make_policy("none") is None
-    assert make_policy("rand-m7-n3-mstd0.5-inc1") == Policy(3, 7.0, 0.5)
-    for wrong in ("rand-x", "rand-m11", "random", "rand-m9-n0"):
+    policy = make_policy("rand-m7-n3-mstd0.5-inc1", mean=(1.0, 0.5, 0.0))
+    assert policy == Policy("rand-increasing", 3, 7.0, 0.5, 0.5, (255, 128, 0))
+    assert make_policy("rand-p1") == Policy("rand", 2, 10.0)
+    for wrong in ("rand-x", "rand-m11", "random", "rand-m9-n0", "rand-p2"):
         with pytest.raises(InputError, match="--aa"):
             make_policy(wrong)
 

@@ -32,14 +32,9 @@ def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Ten
     if not padding:
         return images
     count, _, height, width = images.shape
-    padded = F.pad(images, (padding,) * 4)
-    corner = torch.randint(2 * padding + 1, (2, count, 1), generator=generator)
-    rows = (corner[0] + torch.arange(height)).to(images.device)  # (B, H)
-    columns = (corner[1] + torch.arange(width)).to(images.device)  # (B, W)
-    sample = torch.arange(count, device=images.device)
-    # Advanced indices around a slice come first: (B, H, W, C).
-    window = padded[sample[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    return window.permute(0, 3, 1, 2).contiguous()
+    windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view
+    top, left = torch.randint(2 * padding + 1, (2, count), generator=generator).to(images.device)
+    return windows[torch.arange(count, device=images.device), :, top, left]
 
 
 def random_resized_crop(
@@ -121,8 +116,12 @@ def random_erase(images: Tensor, probability: float, generator: torch.Generator)
 
     rows, columns = inside(top, box_height, height), inside(left, box_width, width)
     erased = (rows[:, :, None] & columns[:, None, :] & chosen[:, None, None])[:, None]
-    noise = torch.randn(images.shape, generator=generator)
-    return torch.where(erased.to(images.device), noise.to(images), images)
+    hit = chosen.nonzero().flatten()
+    noise = torch.randn((len(hit), *images.shape[1:]), generator=generator)
+    place, region = hit.to(images.device), erased[hit].to(images.device)
+    images = images.clone()
+    images[place] = torch.where(region, noise.to(images), images[place])
+    return images
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -189,7 +189,7 @@ def make_loader(data: ImageData, config: TrainConfig, *, train: bool) -> Loader:
             if flip:
                 steps.append(v2.RandomHorizontalFlip(flip))
             crop = v2.Compose(steps)
-        policy = make_policy(config.aa, config.color_jitter) if train else None
+        policy = make_policy(config.aa, config.color_jitter, mean=data.mean) if train else None
         read = partial(
             decode, size=data.img_size, crop_pct=config.crop_pct, interpolation=config.interpolation
         )
@@ -226,7 +226,7 @@ def make_augment(
         generator,
         crop_padding=padding,
         hflip=_flip_probability(data, config),
-        policy=make_policy(config.aa, config.color_jitter),
+        policy=make_policy(config.aa, config.color_jitter, mean=data.mean),
         reprob=config.reprob,
         scale=None if config.scale is None else (config.scale[0], config.scale[1]),
         ratio=_ratio(config),

@@ -1,100 +1,154 @@
 """RandAugment, TrivialAugment and colour jitter on whole batches, every image with its own draw.
 
-torchvision's classes give one draw to the whole batch. Here the draws are made per image, and the
-images that drew the same operation and strength go through torchvision's v2 function together.
+torchvision's classes give one draw to the whole batch, timm's take one image at a time. Here the
+images of a batch that drew the same operation go through it together, and all that are moved
+(sheared, shifted, rotated) through one resampling. Draws are made on the CPU, and nothing is read
+back from an accelerator.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 import torchvision.transforms.v2.functional as F
-from torchvision.transforms.v2 import InterpolationMode
+from torch import Tensor
 
 from vitmix.errors import InputError
+from vitmix.train.operations import MOVES, OPERATIONS, warp
 
-if TYPE_CHECKING:
-    from torch import Tensor
+__all__ = ["SPACES", "Change", "ColorJitter", "Policy", "make_policy"]
 
-__all__ = ["Change", "ColorJitter", "Policy", "make_policy"]
+# What is done to (B, C, H, W) uint8 images, with a source of draws.
+Change = Callable[[Tensor, torch.Generator], Tensor]
 
-# What is done to (B, 3, H, W) uint8 images, with a source of draws.
-Change = Callable[["Tensor", torch.Generator], "Tensor"]
-
-BINS = 31  # strengths are rounded to this many steps, as TrivialAugment defines them
-
-
-def _affine(images: Tensor, *, shear: tuple[float, float] = (0, 0), shift: Any = (0, 0)) -> Tensor:
-    moved: Tensor = F.affine(
-        images, angle=0.0, translate=list(shift), scale=1.0, shear=list(shear), center=[0, 0],
-        interpolation=InterpolationMode.BILINEAR,
-    )  # fmt: skip
-    return moved
+# What a strength from 0 to 1 and a random sign mean to an operation.
+Amount = Callable[[Tensor, Tensor], Tensor]
 
 
-def _degrees(strength: float, top: float) -> float:
-    return math.degrees(math.atan(top * strength))
+def _unused(strength: Tensor, sign: Tensor) -> Tensor:
+    return strength
 
 
-# Operations on uint8 batches; strength from 0 to 1, negative half of the time where a sign exists.
-Operation = Callable[["Tensor", float], "Tensor"]
-SIGNED: dict[str, Operation] = {
-    "shear_x": lambda x, s: _affine(x, shear=(_degrees(s, 0.3), 0)),
-    "shear_y": lambda x, s: _affine(x, shear=(0, _degrees(s, 0.3))),
-    "translate_x": lambda x, s: _affine(x, shift=(round(s * 0.45 * x.shape[-1]), 0)),
-    "translate_y": lambda x, s: _affine(x, shift=(0, round(s * 0.45 * x.shape[-2]))),
-    "rotate": lambda x, s: F.rotate(x, 30 * s, interpolation=InterpolationMode.BILINEAR),
-    "brightness": lambda x, s: F.adjust_brightness(x, 1 + 0.9 * s),
-    "color": lambda x, s: F.adjust_saturation(x, 1 + 0.9 * s),
-    "contrast": lambda x, s: F.adjust_contrast(x, 1 + 0.9 * s),
-    "sharpness": lambda x, s: F.adjust_sharpness(x, 1 + 0.9 * s),
+def _signed(top: float) -> Amount:
+    return lambda strength, sign: top * strength * sign
+
+
+def _enhance(strength: Tensor, sign: Tensor) -> Tensor:
+    return (1 + 0.9 * strength * sign).clamp_min(0.1)
+
+
+_ENHANCED = ("color", "contrast", "brightness", "sharpness")
+# Moves come first in every space, in the order of MOVES.
+_MOVED: dict[str, Amount] = {
+    "shear_x": _signed(0.3),
+    "shear_y": _signed(0.3),
+    "translate_x": _signed(0.45),
+    "translate_y": _signed(0.45),
+    "rotate": _signed(30),
 }
-UNSIGNED: dict[str, Operation] = {
-    "posterize": lambda x, s: F.posterize(x, 8 - round(4 * s)),
-    "solarize": lambda x, s: F.solarize(x, 255 * (1 - s)),
-    "autocontrast": lambda x, s: F.autocontrast(x),
-    "equalize": lambda x, s: F.equalize(x),
-    "identity": lambda x, s: x,
+_RAND: dict[str, Amount] = {
+    **_MOVED,
+    "autocontrast": _unused,
+    "equalize": _unused,
+    "invert": _unused,
+    "solarize_add": lambda strength, sign: (110 * strength).floor(),
 }
-OPERATIONS: dict[str, Operation] = {**SIGNED, **UNSIGNED}
+
+# timm's two sets of RandAugment operations (with inc1, more strength always changes more), and
+# those of TrivialAugment (Müller and Hutter, ICCV 2021) in RandAugment's ranges.
+SPACES: dict[str, dict[str, Amount]] = {
+    "rand": {
+        **_RAND,
+        "posterize": lambda strength, sign: (4 * strength).floor(),
+        "solarize": lambda strength, sign: (256 * strength).floor(),
+        **dict.fromkeys(_ENHANCED, lambda strength, sign: 1.8 * strength + 0.1),
+    },
+    "rand-increasing": {
+        **_RAND,
+        "posterize": lambda strength, sign: 4 - (4 * strength).floor(),
+        "solarize": lambda strength, sign: 256 - (256 * strength).floor(),
+        **dict.fromkeys(_ENHANCED, _enhance),
+    },
+    "trivial": {
+        **_MOVED,
+        "autocontrast": _unused,
+        "equalize": _unused,
+        "posterize": lambda strength, sign: 8 - (4 * strength).round(),
+        "solarize": lambda strength, sign: 255 * (1 - strength),
+        **dict.fromkeys(_ENHANCED, _enhance),
+        "identity": _unused,
+    },
+}
 
 
 @dataclass(frozen=True)
 class Policy:
-    """``count`` operations in a row; ``magnitude`` 0 to 10, or ``None`` for uniform strengths."""
+    """``count`` operations of a space in a row on each image.
 
+    Attributes:
+        space: key of :data:`SPACES`.
+        count: operations an image.
+        magnitude: strength from 0 to 10; None draws it uniformly.
+        magnitude_std: standard deviation of the strength.
+        chance: probability of each operation; an image that misses it is left alone.
+        fill: colour seen beyond the borders of an image that is moved.
+    """
+
+    space: str = "trivial"
     count: int = 1
     magnitude: float | None = None
     magnitude_std: float = 0.0
+    chance: float = 1.0
+    fill: tuple[float, ...] = (128.0, 128.0, 128.0)
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Augment ``(B, 3, H, W)`` uint8 images, each with its own draw."""
-        size = len(images)
-        names = list(OPERATIONS)
+        """Augment ``(B, C, H, W)`` uint8 images, each with its own draw.
+
+        Channels after the third belong to the image (a map of it, say): they are moved with it,
+        with 0 beyond the borders, and keep their values otherwise.
+        """
         for _ in range(self.count):
-            which = torch.randint(len(names), (size,), generator=generator)
-            negative = torch.rand(size, generator=generator) < 0.5
-            if self.magnitude is None:
-                strength = torch.rand(size, generator=generator)
-            else:
-                noise = torch.randn(size, generator=generator) * self.magnitude_std
-                strength = ((self.magnitude + noise) / 10).clamp(0, 1)
-            level = (strength * (BINS - 1)).round().long()
-            signed = (which < len(SIGNED)) & negative
-            key = (which * BINS + level) * 2 + signed
-            out = images.clone()
-            for value in sorted(set(key.tolist())):
-                rows = (key == value).nonzero().flatten().to(images.device)
-                operation = OPERATIONS[names[value // (2 * BINS)]]
-                amount = (value // 2) % BINS / (BINS - 1) * (-1 if value % 2 else 1)
-                out[rows] = operation(images[rows], amount)
-            images = out
+            images = self._layer(images, generator)
         return images
+
+    def _layer(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """One operation on each image: sorted by operation, each run once, sorted back."""
+        size, device = len(images), images.device
+        space = {**SPACES[self.space], "untouched": _unused}
+        which = torch.randint(len(space) - 1, (size,), generator=generator)
+        which[torch.rand(size, generator=generator) >= self.chance] = len(space) - 1
+        order = which.argsort(stable=True)
+        counts = which.bincount(minlength=len(space)).tolist()
+        strengths = torch.split(self._strengths(size, generator), counts)
+        signs = torch.split(torch.randint(2, (size,), generator=generator) * 2.0 - 1, counts)
+        amounts = [
+            amount(strength, sign)
+            for amount, strength, sign in zip(space.values(), strengths, signs, strict=True)
+        ]
+        parts = list(torch.split(images[order.to(device)], counts))
+        moves = len(MOVES)
+        if any(counts[:moves]):
+            ratio = images.shape[2] / images.shape[3]
+            matrices = [move(a, ratio) for move, a in zip(MOVES.values(), amounts, strict=False)]
+            fill = torch.tensor([*self.fill, *[0.0] * (images.shape[1] - 3)], device=device)
+            moved = warp(torch.cat(parts[:moves]), torch.cat(matrices).to(device), fill)
+            parts[:moves] = torch.split(moved, counts[:moves])
+        on_device = torch.split(torch.cat(amounts).view(-1, 1, 1, 1).to(device), counts)
+        for index, name in enumerate(space):
+            if name in OPERATIONS and counts[index]:
+                colours, others = parts[index][:, :3], parts[index][:, 3:]
+                changed = OPERATIONS[name](colours, on_device[index])
+                parts[index] = torch.cat((changed, others), 1)
+        return torch.cat(parts)[order.argsort().to(device)]
+
+    def _strengths(self, size: int, generator: torch.Generator) -> Tensor:
+        if self.magnitude is None:
+            return torch.rand(size, generator=generator)
+        noise = torch.randn(size, generator=generator) * self.magnitude_std
+        return ((self.magnitude + noise) / 10).clamp_(0, 1)
 
 
 @dataclass(frozen=True)
@@ -104,29 +158,40 @@ class ColorJitter:
     strength: float
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Change ``(B, 3, H, W)`` uint8 images, each with its own draw."""
+        """Change ``(B, C, H, W)`` uint8 images, each with its own draw; three channels of them."""
         change = torch.rand(3, len(images), 1, 1, 1, generator=generator) * 2 - 1
         factors = (1 + change * self.strength).clamp_min(0).to(images.device)
-        pixels = images.float()
+        pixels = images[:, :3].float()
         for index in torch.randperm(3, generator=generator).tolist():
             gray = F.rgb_to_grayscale(pixels)
             base = (torch.zeros_like(gray), gray.mean((-2, -1), keepdim=True), gray)[index]
             pixels = (base + factors[index] * (pixels - base)).clamp(0, 255)
-        return pixels.round().to(torch.uint8)
+        return torch.cat((pixels.round().to(torch.uint8), images[:, 3:]), 1)
 
 
-def make_policy(name: str, color_jitter: float | None = None) -> Change | None:
-    """The policy of a name: ``none``, ``trivial``, or timm's notation such as ``rand-m9-n2``.
+def make_policy(
+    name: str,
+    color_jitter: float | None = None,
+    *,
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5),
+) -> Change | None:
+    """The policy of a name: ``none``, ``trivial``, or timm's notation such as ``rand-m9-inc1``.
+
+    As in timm, ``m`` is the strength (10), ``n`` the number of operations (2), ``p`` the
+    probability of each (0.5), ``mstd`` the strength's standard deviation (0), and ``inc1`` takes
+    the operations whose effect always grows with the strength.
 
     Args:
         name: the policy.
         color_jitter: strength of a colour jitter, instead of a policy.
+        mean: mean of each channel in [0, 1], the colour beyond the borders of moved images.
 
     Raises:
         InputError: for anything else, or for both a policy and colour jitter.
 
-    >>> make_policy("rand-m9-mstd0.5")
-    Policy(count=2, magnitude=9.0, magnitude_std=0.5)
+    >>> policy = make_policy("rand-m9-mstd0.5-inc1")
+    >>> policy.space, policy.count, policy.magnitude, policy.magnitude_std, policy.chance
+    ('rand-increasing', 2, 9.0, 0.5, 0.5)
     """
     if color_jitter is not None:
         if name != "none":
@@ -135,22 +200,19 @@ def make_policy(name: str, color_jitter: float | None = None) -> Change | None:
                 f"got --aa {name} and --color-jitter {color_jitter}; set one to none (null)"
             )
         return ColorJitter(color_jitter)
+    fill = tuple(min(255.0, round(255.0 * value)) for value in mean)
     if name == "none":
         return None
     if name == "trivial":
-        return Policy()
-    parts = name.split("-")
-    values = {"m": 9.0, "n": 2.0, "mstd": 0.0, "inc": 1.0}
-    if parts[0] == "rand":
-        for part in parts[1:]:
-            match = re.fullmatch(r"(mstd|inc|m|n)(\d+(?:\.\d+)?)", part)
-            if match is None:
-                break
-            values[match[1]] = float(match[2])
-        else:
-            if values["m"] <= 10 and values["n"] >= 1:
-                return Policy(int(values["n"]), values["m"], values["mstd"])
-    raise InputError(
-        f"expected --aa to be none, trivial or rand-mM-nN-mstdS with M up to 10, got {name!r}; "
-        "for example rand-m9-mstd0.5"
-    )
+        return Policy(fill=fill)
+    kind, *parts = name.split("-")
+    values = {"m": 10.0, "n": 2.0, "p": 0.5, "mstd": 0.0, "inc": 0.0}
+    matches = [re.fullmatch(r"(mstd|inc|m|n|p)(\d+(?:\.\d+)?)", part) for part in parts]
+    values |= {match[1]: float(match[2]) for match in matches if match}
+    if kind != "rand" or None in matches or values["m"] > 10 or values["n"] < 1 or values["p"] > 1:
+        raise InputError(
+            "expected --aa to be none, trivial or rand-mM-nN-pP-mstdS-inc1 with M up to 10, "
+            f"got {name!r}; for example rand-m9-mstd0.5-inc1"
+        )
+    space = "rand-increasing" if values["inc"] else "rand"
+    return Policy(space, int(values["n"]), values["m"], values["mstd"], values["p"], fill)
