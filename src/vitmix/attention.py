@@ -6,9 +6,9 @@ knows nothing of it, and every ``softmax`` of models that write attention by han
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -24,6 +24,13 @@ __all__ = ["AttentionCall", "AttentionTap", "Run", "read_attention", "read_query
 Run = Callable[[nn.Module, Tensor], Tensor]
 
 _FUSED = F.scaled_dot_product_attention
+# The function behind nn.MultiheadAttention hands itself to a mode as a whole, and calls its kernel
+# where no mode sees it: this is the same function, but for not handing itself over.
+_OPEN_ATTENTION = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**vars(F), "has_torch_function": lambda arguments: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
 _SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax, torch.special.softmax)
 
 
@@ -75,10 +82,6 @@ class AttentionTap(TorchFunctionMode):
         self._on_fused = on_fused
         self._on_softmax = on_softmax
 
-    def _see(self, *args: Any, **kwargs: Any) -> Tensor:
-        with _kernel(_FUSED):
-            return self._on_fused(AttentionCall(*args, **kwargs))
-
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -92,24 +95,12 @@ class AttentionTap(TorchFunctionMode):
         if func is _FUSED:
             return self._on_fused(AttentionCall(*args, **kwargs))
         if func is F.multi_head_attention_forward:
-            # It hides its kernel from this mode, but looks it up in the module while it runs.
-            with _kernel(self._see):
-                return func(*args, **kwargs)
+            with self:
+                return _OPEN_ATTENTION(*args, **kwargs)
         result = func(*args, **kwargs)
         if func in _SOFTMAX and result.ndim == 4:
             self._on_softmax(result)
         return result
-
-
-@contextmanager
-def _kernel(kernel: Callable[..., Tensor]) -> Iterator[None]:
-    """What ``scaled_dot_product_attention`` of ``torch.nn.functional`` is for a while."""
-    previous = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = kernel
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = previous
 
 
 class _Stop(Exception):  # noqa: N818 - control flow, not an error

@@ -20,7 +20,6 @@ from vitmix.backbones import Backbone
 from vitmix.compilation import uncompiled
 from vitmix.errors import UnsupportedModelError
 from vitmix.functional.alignment import align_shares, attend_with_shares, pooled_shares
-from vitmix.functional.draws import fork
 from vitmix.functional.mixture import Mixture
 from vitmix.functional.saliency import (
     attention_rollout,
@@ -36,7 +35,7 @@ from vitmix.replay import (
     first_tokens,
     unseen_by_checkpoint,
 )
-from vitmix.tokens import TokenContext, TokenMixer, TokenOutcome, VerticalTokenMixup
+from vitmix.tokens import Given, TokenContext, TokenMixer, TokenOutcome, VerticalTokenMixup
 
 __all__ = ["Flow"]
 
@@ -48,12 +47,10 @@ class Flow:
         backbone: description of the model.
         mixture: sources and shares at the model's input.
         targets: ``(B, C)`` labels of the samples as mixed at the input.
-        mixers: stages that mix samples, by the block they act at.
+        mixers: stages that mix samples and what each was given, by the block they act at.
         verticals: stages that extend keys and values, by block.
         follow_shares: whether shares are carried through attention.
         attention_block: block whose saliency is kept in ``attention``, or None.
-        gradient_saliency: ``(B, N)`` by block, for stages that want it.
-        generator: source of draws.
         recomputes: whether blocks run a second time in the backward pass (gradient checkpointing).
 
     Attributes:
@@ -70,12 +67,10 @@ class Flow:
         mixture: Mixture,
         targets: Tensor,
         *,
-        mixers: dict[int, list[TokenMixer]],
+        mixers: dict[int, list[tuple[TokenMixer, Given]]],
         verticals: dict[int, list[VerticalTokenMixup]],
         follow_shares: bool,
         attention_block: int | None,
-        gradient_saliency: dict[int, Tensor],
-        generator: torch.Generator | None,
         recomputes: bool = False,
     ) -> None:
         self.backbone = backbone
@@ -87,9 +82,6 @@ class Flow:
         self._verticals = verticals
         self._follow = follow_shares
         self._attention_block = attention_block
-        self._gradient_saliency = gradient_saliency
-        # A checkpoint sets the global generator back: draws inside a pass have one of their own.
-        self._generator = fork(generator) if mixers else None
         self._recomputes = recomputes
         self._records: dict[int, BlockRecord] = {}
         self.replay: Replay | None = None
@@ -178,9 +170,9 @@ class Flow:
             )
         if self._recomputes:
             tokens = self._record(index, tokens)
-        for stage in self._mixers.get(index, ()):
+        for stage, given in self._mixers.get(index, ()):
             run = partial(_forward, args[1:], kwargs)
-            tokens = self._mix(stage, tokens, index, run)
+            tokens = self._mix(stage, given, tokens, index, run)
         self._index, self._tokens = index, tokens
         self._saliency, self._appended, self._attentions = None, None, 0
         return (tokens, *args[1:]), kwargs
@@ -234,19 +226,18 @@ class Flow:
             return call_after_backward(tokens, self.replay.remove)
         return tokens
 
-    def _mix(self, stage: TokenMixer, tokens: Tensor, index: int, run: partial[Tensor]) -> Tensor:
+    def _mix(
+        self, stage: TokenMixer, given: Given, tokens: Tensor, index: int, run: partial[Tensor]
+    ) -> Tensor:
         prefix = self.backbone.num_prefix_tokens
         context = TokenContext(
             targets=self.targets,
             num_prefix_tokens=prefix,
             attention_saliency=partial(self._saliency_ahead, index, tokens.detach(), run),
-            gradient_saliency=self._gradient_saliency.get(index),
-            generator=self._generator,
+            given=given,
         )
         with self._own_graph():
             outcome = stage.plan(tokens, context)
-        if outcome is None:
-            return tokens
         if self._recomputes:
             self._records[index].outcomes.append(outcome)
         self.outcomes.append((index, stage, outcome))

@@ -23,6 +23,7 @@ from vitmix.pixels import PixelMix
 from vitmix.replay import Replay
 from vitmix.tokens import (
     BlendPlan,
+    Given,
     HorizontalTokenMixup,
     TokenMixer,
     TokenStage,
@@ -304,9 +305,8 @@ class MixingModel(nn.Module):
         return MixOutput(logits, targets, aux_loss, stats, trace, output)
 
     def _flow(self, fed: Tensor, mixture: Mixture, targets: Tensor, grid: tuple[int, int]) -> Flow:
-        mixers: dict[int, list[TokenMixer]] = {}
+        mixers: dict[int, list[tuple[TokenMixer, Given]]] = {}
         verticals: dict[int, list[VerticalTokenMixup]] = {}
-        gradients: dict[int, Tensor] = {}
         for stage in self.tokens:
             assert isinstance(stage, TokenStage)
             block = stage.draw_block(self.generator)
@@ -318,11 +318,13 @@ class MixingModel(nn.Module):
                     )
                 verticals.setdefault(block, []).append(stage)
             elif isinstance(stage, TokenMixer):
-                mixers.setdefault(block, []).append(stage)
+                given = stage.draw(len(fed), grid[0] * grid[1], self.generator)
+                if given is None:
+                    continue
                 if getattr(stage, "saliency", None) == "gradient":
-                    gradients[block] = gradient_saliency(
-                        self.model, self.backbone, block, fed, targets
-                    )
+                    saliency = gradient_saliency(self.model, self.backbone, block, fed, targets)
+                    given = given._replace(saliency=saliency)
+                mixers.setdefault(block, []).append((stage, given.to(fed.device)))
         return Flow(
             self.backbone,
             mixture,
@@ -335,8 +337,6 @@ class MixingModel(nn.Module):
                 if self.labels.attention_block is None
                 else self.labels.attention_block % self.backbone.depth
             ),
-            gradient_saliency=gradients,
-            generator=self.generator,
             recomputes=self.backbone.recomputes() and torch.is_grad_enabled(),
         )
 

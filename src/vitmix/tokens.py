@@ -1,8 +1,9 @@
 """Second stage, tokens: what happens to hidden tokens in front of a block?
 
-A stage that mixes samples draws a plan (:meth:`TokenMixer.plan`) from what :class:`TokenContext`
-tells it; the plan then moves tokens, targets and the mixture. Vertical mixing has no plan: it works
-within a sample.
+A stage that mixes samples makes a plan (:meth:`TokenMixer.plan`) from what :class:`TokenContext`
+tells it; the plan then moves tokens, targets and the mixture. What it leaves to chance is drawn
+before the pass (:meth:`TokenMixer.draw`), so that a pass is a function of tensors alone. Vertical
+mixing has no plan: it works within a sample.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from vitmix.scorenet import Pool, ScoreNet
 
 __all__ = [
     "BlendPlan",
+    "Given",
     "HorizontalTokenMixup",
     "ManifoldMixup",
     "TokenContext",
@@ -38,6 +40,24 @@ __all__ = [
     "TokenStage",
     "VerticalTokenMixup",
 ]
+
+
+class Given(NamedTuple):
+    """What a stage is given before the pass.
+
+    Attributes:
+        partner: ``(B,)`` int64, drawn, or None.
+        own_weight: ``(B,)`` share of the own tokens, drawn, or None.
+        saliency: ``(B, N)`` drawn, or from the gradient, or None.
+    """
+
+    partner: Tensor | None = None
+    own_weight: Tensor | None = None
+    saliency: Tensor | None = None
+
+    def to(self, device: torch.device) -> Given:
+        """Copy to a device without waiting for it."""
+        return Given(*(t if t is None else t.to(device, non_blocking=True) for t in self))
 
 
 @dataclass(frozen=True)
@@ -49,15 +69,13 @@ class TokenContext:
         num_prefix_tokens: tokens in front that stand for no image region.
         attention_saliency: saliency ``(B, N)`` of the tokens at hand from the attention of this
             block (0) or rolled out over that many further blocks.
-        gradient_saliency: saliency ``(B, N)`` from the gradient, computed before this pass.
-        generator: source of draws.
+        given: what was drawn or computed before this pass.
     """
 
     targets: Tensor
     num_prefix_tokens: int
     attention_saliency: Callable[[int], Tensor]
-    gradient_saliency: Tensor | None
-    generator: torch.Generator | None
+    given: Given
 
 
 @dataclass(frozen=True)
@@ -145,12 +163,22 @@ class TokenMixer(TokenStage):
     """A stage that mixes the tokens of different samples."""
 
     @abstractmethod
-    def plan(self, tokens: Tensor, context: TokenContext) -> TokenOutcome | None:
-        """Decide what to mix; None for nothing.
+    def draw(self, batch: int, tokens: int, generator: torch.Generator | None) -> Given | None:
+        """Draw for one pass; None if nothing is to be mixed in it.
+
+        Args:
+            batch: number of samples B.
+            tokens: number of tokens N behind the prefix at the block.
+            generator: source of draws; the global one if None.
+        """
+
+    @abstractmethod
+    def plan(self, tokens: Tensor, context: TokenContext) -> TokenOutcome:
+        """Decide what to mix.
 
         Args:
             tokens: ``(B, T, D)``, input of the block.
-            context: labels, saliency, generator.
+            context: labels, saliency, draws.
         """
 
 
@@ -239,6 +267,16 @@ class HorizontalTokenMixup(TokenMixer):
         """Drop ScoreNet."""
         self.scorenet = None
 
+    def draw(self, batch: int, tokens: int, generator: torch.Generator | None) -> Given:
+        """Draw what the ablations leave to chance."""
+        partner = saliency = None
+        if self.saliency == "random":
+            values = host_generator(generator).random((batch, tokens), dtype="float32")
+            saliency = torch.from_numpy(values / values.sum(1, keepdims=True))
+        if self.assignment == "random":
+            partner = torch.from_numpy(host_generator(generator).permutation(batch))
+        return Given(partner=partner, saliency=saliency)
+
     def plan(self, tokens: Tensor, context: TokenContext) -> TokenOutcome:
         """Assess difficulty, then pair and mark tokens (TokenMixup, Algorithm 1)."""
         if self.scorenet is None:
@@ -247,35 +285,23 @@ class HorizontalTokenMixup(TokenMixer):
         with torch.no_grad():
             difficulty = soft_cross_entropy_per_sample(scores, context.targets)
             easy = difficulty < self.tau if self.tau < math.inf else torch.ones_like(difficulty) > 0
-            saliency = self._saliency(tokens, context)
-            candidates = self._random_partners(tokens, context)
+            saliency = self._saliency(context)
             plan = horizontal_plan(
-                saliency, easy, self.rho, candidates=candidates, relabel=self.relabel
+                saliency, easy, self.rho, candidates=context.given.partner, relabel=self.relabel
             )
             stats = self._stats(difficulty, easy, saliency, plan)
         # The loss enters every step, so that ScoreNet's parameters always have a gradient.
         loss = self.scorenet_weight * soft_cross_entropy(scores, context.targets)
         return TokenOutcome(plan, loss, stats)
 
-    def _saliency(self, tokens: Tensor, context: TokenContext) -> Tensor:
+    def _saliency(self, context: TokenContext) -> Tensor:
         if self.saliency == "attention":
             return context.attention_saliency(0)
         if self.saliency == "rollout":
             return context.attention_saliency(self.rollout_steps)
-        if self.saliency == "gradient":
-            if context.gradient_saliency is None:
-                raise InputError("expected a gradient saliency computed before the pass, got none")
-            return context.gradient_saliency
-        shape = (len(tokens), tokens.shape[1] - context.num_prefix_tokens)
-        rng = host_generator(context.generator)
-        values = torch.from_numpy(rng.random(shape, dtype="float32")).to(tokens.device)
-        return values / values.sum(1, keepdim=True)
-
-    def _random_partners(self, tokens: Tensor, context: TokenContext) -> Tensor | None:
-        if self.assignment == "exact":
-            return None
-        order = host_generator(context.generator).permutation(len(tokens))
-        return torch.from_numpy(order).to(tokens.device)
+        if context.given.saliency is None:
+            raise InputError(f"expected a {self.saliency} saliency before the pass, got none")
+        return context.given.saliency
 
     @staticmethod
     def _stats(
@@ -363,15 +389,21 @@ class ManifoldMixup(TokenMixer):
         """Name the hyper-parameters."""
         return f"block={self.block}, alpha={self.alpha}, prob={self.prob}"
 
-    def plan(self, tokens: Tensor, context: TokenContext) -> TokenOutcome | None:
+    def draw(self, batch: int, tokens: int, generator: torch.Generator | None) -> Given | None:
         """Draw partners and one share."""
-        rng = host_generator(context.generator)
+        rng = host_generator(generator)
         if rng.random() >= self.prob:
             return None
         share = float(rng.beta(self.alpha, self.alpha))
-        partner = torch.from_numpy(rng.permutation(len(tokens))).to(tokens.device)
-        weight = torch.full((len(tokens),), share, device=tokens.device)
-        return TokenOutcome(BlendPlan(partner, weight), None, {"own_share": weight.mean()})
+        partner = torch.from_numpy(rng.permutation(batch))
+        return Given(partner=partner, own_weight=torch.full((batch,), share))
+
+    def plan(self, tokens: Tensor, context: TokenContext) -> TokenOutcome:
+        """Take what was drawn."""
+        partner, own_weight, _ = context.given
+        if partner is None or own_weight is None:
+            raise InputError("expected partners and a share drawn before the pass, got none")
+        return TokenOutcome(BlendPlan(partner, own_weight), None, {"own_share": own_weight.mean()})
 
 
 def _require_block(block: int) -> None:

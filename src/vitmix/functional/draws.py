@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-__all__ = ["fork", "host_generator", "stochastic_round"]
+__all__ = ["host_generator", "stochastic_round"]
 
 
 def host_generator(generator: torch.Generator | None = None) -> np.random.Generator:
@@ -18,13 +18,6 @@ def host_generator(generator: torch.Generator | None = None) -> np.random.Genera
     device = "cpu" if generator is None else generator.device
     seed = torch.randint(2**62, (), generator=generator, device=device)
     return np.random.default_rng(int(seed))
-
-
-def fork(generator: torch.Generator | None = None) -> torch.Generator:
-    """Return a CPU generator seeded by one draw of ``generator`` (the global one if None)."""
-    device = "cpu" if generator is None else generator.device
-    seed = torch.randint(2**62, (), generator=generator, device=device)
-    return torch.Generator().manual_seed(int(seed))
 
 
 def stochastic_round(value: float, rng: np.random.Generator) -> int:
