@@ -589,6 +589,18 @@ def test_a_loader_goes_on_where_another_was_left(
     assert not torch.equal(epoch[0][0], images)
 
 
+def test_repeats_show_images_several_times_in_a_row() -> None:
+    data = load_data(TrainConfig(data="fake:2x8x12"))
+    config = TrainConfig(data="fake:2x8x12", batch_size=12, aug_repeats=3)
+    images, _ = next(iter(make_loader(data, config, train=True)))
+    assert len(images) == 12
+    for first in range(0, 12, 3):
+        assert torch.equal(images[first], images[first + 2])
+    assert len(images.flatten(1).unique(dim=0)) == 4
+    images, _ = next(iter(make_loader(data, config, train=False)))
+    assert len(images.flatten(1).unique(dim=0)) == len(data.test)
+
+
 def test_large_images_are_decoded_when_needed(tmp_path: Path) -> None:
     class_folders(tmp_path, {"a": 5, "b": 5}, size=(130, 110))
     config = TrainConfig(

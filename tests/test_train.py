@@ -30,7 +30,8 @@ from vitmix.train.config import TrainConfig
 from vitmix.train.data import load_data
 from vitmix.train.folder import claim_folder
 from vitmix.train.methods import METHODS, build_mixing, parse_method
-from vitmix.train.module import NonFiniteLossError, learning_rate_factor, parameter_groups
+from vitmix.train.module import NonFiniteLossError
+from vitmix.train.optimiser import check_optimiser, learning_rate_factor, parameter_groups
 from vitmix.train.run import Interrupted, train_run
 
 
@@ -188,12 +189,70 @@ def test_schedule_warms_up_then_falls_to_its_floor() -> None:
 
 def test_norms_and_biases_do_not_decay() -> None:
     mixing = build("tokenmixup")
-    decayed, kept = parameter_groups(mixing, 0.1)
+    decayed, kept = parameter_groups(mixing, TrainConfig(weight_decay=0.1))
     assert decayed["weight_decay"] == 0.1
     assert kept["weight_decay"] == 0
     assert {p.ndim for p in kept["params"]} == {1}
     assert min(p.ndim for p in decayed["params"]) > 1
     assert len(decayed["params"]) + len(kept["params"]) == len(list(mixing.parameters()))
+
+
+def test_what_a_timm_model_names_does_not_decay() -> None:
+    model = create_model("deit_tiny_distilled_patch16_224", num_classes=10, img_size=32)
+    decayed, kept = parameter_groups(build("tl-align", model), TrainConfig())
+    for name in ("cls_token", "dist_token", "pos_embed"):
+        parameter = getattr(model, name)
+        assert any(parameter is p for p in kept["params"])
+        assert not any(parameter is p for p in decayed["params"])
+
+
+def test_layer_decay_lowers_the_rate_layer_by_layer() -> None:
+    model: Any = create_model("vit_tiny_patch16_224", num_classes=10, img_size=32, depth=3)
+    config = TrainConfig(method="tokenmixup-h", layer_decay=0.5, lr=1.0, weight_decay=0.1)
+    mixing = build_mixing(model, config, num_classes=10, img_size=32)
+    groups = parameter_groups(mixing, config)
+    assert sum(len(group["params"]) for group in groups) == len(list(mixing.parameters()))
+    rates = {id(p): group.get("lr", 1.0) for group in groups for p in group["params"]}
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    blocks = [model.blocks[index].attn.qkv.weight for index in range(3)]
+    assert [rates[id(p)] for p in (*blocks, model.head.weight)] == [0.125, 0.25, 0.5, 1.0]
+    assert rates[id(model.pos_embed)] == rates[id(model.patch_embed.proj.weight)] == 0.0625
+    assert rates[id(mixing.tokens[0].scorenet.fc.weight)] == 1.0  # type: ignore[union-attr]
+    assert decays[id(blocks[0])] == 0.1
+    assert decays[id(model.pos_embed)] == 0
+    with pytest.raises(InputError, match="timm model for --layer-decay"):
+        parameter_groups(build("none"), config)
+
+
+@pytest.mark.parametrize("opt", ["adamw", "sgd", "lamb", "lookahead_adamw"])
+def test_optimisers_by_timms_names(tmp_path: Path, digits: Any, opt: str) -> None:
+    config = small(tmp_path, opt=opt, lr=1e-3, opt_kwargs={"momentum": 0.7} if opt == "sgd" else {})
+    result = train_run(config, data=digits)
+    optimiser = result.task.optimizers()
+    if opt == "sgd":
+        assert optimiser.param_groups[0]["momentum"] == 0.7
+    assert math.isfinite(result.results["loss"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"opt": "adamww"}, "optimiser of timm.*'adamww'; did you mean 'adamw'"),
+        ({"opt_kwargs": {"betta": 1}}, "--opt-kwargs to be arguments of adamw.*betta"),
+        ({"opt_kwargs": {"betas": [2, 3]}}, "--opt-kwargs to be arguments of adamw.*beta"),
+    ],
+)
+def test_optimisers_that_do_not_exist(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_optimiser(TrainConfig(**changes))
+
+
+def test_binary_cross_entropy_is_a_choice(tmp_path: Path, digits: Any) -> None:
+    task = train_run(small(tmp_path, bce_loss=True), data=digits).task
+    images, labels = torch.zeros(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
+    out = task.mixing.train()(images, labels)
+    expected = nn.functional.binary_cross_entropy_with_logits(out.logits, out.targets)
+    assert torch.equal(out.loss(task.criterion), expected)
 
 
 def test_average_follows_its_definition() -> None:
@@ -284,6 +343,14 @@ def test_steps_have_a_limit(tmp_path: Path, digits: Any, max_steps: int, epochs:
     assert result.task.global_step == min(max_steps, 6)
     assert (result.results["steps"], result.results["epochs"]) == (min(max_steps, 6), epochs)
     assert math.isfinite(result.results["loss"])
+
+
+def test_arguments_of_the_model_are_kept_with_it(tmp_path: Path, digits: Any) -> None:
+    config = small(tmp_path, model_kwargs={"num_layers": 1, "embed_dim": 64})
+    result = train_run(config, data=digits)
+    assert len(load_trained(result.folder).model.classifier.blocks) == 1  # type: ignore[union-attr,arg-type]
+    with pytest.raises(InputError, match="--model-kwargs to be arguments of"):
+        train_run(small(tmp_path, model_kwargs={"deep": 1}), data=digits)
 
 
 def test_teacher_from_a_checkpoint_or_an_earlier_run(tmp_path: Path, digits: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -76,10 +76,15 @@ class MixOutput:
     trace: MixTrace
     output: Any = None
 
-    def loss(self) -> Tensor:
-        """Soft-target cross-entropy plus ``aux_loss``; the mean over a distilled model's heads."""
+    def loss(self, criterion: Callable[[Tensor, Tensor], Tensor] = soft_cross_entropy) -> Tensor:
+        """Loss of the logits plus ``aux_loss``; the mean over a distilled model's heads.
+
+        Args:
+            criterion: function of logits and targets ``(B, C)``; soft-target cross-entropy by
+                default.
+        """
         heads = self.logits if isinstance(self.logits, tuple) else (self.logits,)
-        losses = [soft_cross_entropy(logits, self.targets) for logits in heads]
+        losses = [criterion(logits, self.targets) for logits in heads]
         return torch.stack(losses).mean() + self.aux_loss
 
 

@@ -196,6 +196,8 @@ def _describe(kind: Any) -> str:
     for member in _members(kind):
         if typing.get_origin(member) is Literal:
             words.append("one of " + ", ".join(typing.get_args(member)))
+        elif (typing.get_origin(member) or member) is dict:
+            words.append("a mapping such as {name: value}")
         else:
             names = {int: "a whole number", float: "a number", bool: "true or false"}
             words.append(names.get(member, "text"))

@@ -41,7 +41,7 @@ def make_model(config: TrainConfig, num_classes: int, img_size: int) -> nn.Modul
     from vitmix.models import cct_names, create_model
 
     own = config.model in cct_names()
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = dict(config.model_kwargs or {})
     if config.pretrained:
         if own:
             raise InputError(
@@ -51,9 +51,17 @@ def make_model(config: TrainConfig, num_classes: int, img_size: int) -> nn.Modul
         options["pretrained"] = True
     if config.drop_path is not None:
         options["stochastic_depth" if own else "drop_path_rate"] = config.drop_path
-    model: nn.Module = create_model(
-        config.model, num_classes=num_classes, img_size=img_size, **options
-    )
+    try:
+        model: nn.Module = create_model(
+            config.model, num_classes=num_classes, img_size=img_size, **options
+        )
+    except TypeError as error:
+        if not config.model_kwargs:
+            raise
+        raise InputError(
+            f"expected --model-kwargs to be arguments of {config.model}, "
+            f"got {config.model_kwargs}: {error}"
+        ) from error
     return model
 
 

@@ -104,11 +104,19 @@ class TrainConfig:
     color_jitter: float | None = option(
         "Augmentation", None, "strength of changes of brightness, contrast and saturation"
     )
+    aug_repeats: int = option(
+        "Augmentation",
+        1,
+        "times that an image is shown in a row, augmented anew; an epoch shows fewer",
+    )
     reprob: float = option("Augmentation", 0.0, "probability of random erasing")
 
     model: str = option("Model", "cct_2_3x2_32", "a CCT of vitmix.models or any timm name")
     pretrained: bool = option("Model", False, "start from timm's pretrained weights")
     drop_path: float | None = option("Model", None, "stochastic depth (default: the model's own)")
+    model_kwargs: dict[str, Any] | None = option(
+        "Model", None, "more arguments of the model, such as {depth: 6}"
+    )
 
     method: str = option(
         "Method", "none", "a method, several joined by +, or a YAML file with mix, labels, tokens"
@@ -132,11 +140,21 @@ class TrainConfig:
     epochs: int = option("Optimisation", 10, "passes over the training data")
     max_steps: int | None = option("Optimisation", None, "stop after so many steps (a dry run)")
     batch_size: int = option("Optimisation", 128, "images a step")
-    lr: float = option("Optimisation", 6e-4, "peak learning rate of AdamW")
+    opt: str = option("Optimisation", "adamw", "optimiser by timm's name: adamw, sgd, lamb, ...")
+    opt_kwargs: dict[str, Any] | None = option(
+        "Optimisation", None, "more arguments of the optimiser, such as {betas: [0.9, 0.95]}"
+    )
+    lr: float = option("Optimisation", 6e-4, "peak learning rate")
+    layer_decay: float | None = option(
+        "Optimisation", None, "factor of the learning rate from a layer to the one before"
+    )
     min_lr: float = option("Optimisation", 1e-5, "learning rate at the end of the cosine")
-    weight_decay: float = option("Optimisation", 0.06, "weight decay (none on 1-d parameters)")
+    weight_decay: float = option(
+        "Optimisation", 0.06, "weight decay (none on biases, norms and timm's positions)"
+    )
     warmup_epochs: float = option("Optimisation", 1.0, "epochs of linear warm-up")
     smoothing: float = option("Optimisation", 0.1, "label smoothing")
+    bce_loss: bool = option("Optimisation", False, "binary cross-entropy with each class's share")
     clip_grad: float | None = option("Optimisation", 1.0, "largest norm of the gradient, or null")
     ema: bool = option("Optimisation", False, "evaluate an exponential moving average of weights")
     ema_decay: float = option("Optimisation", 0.999, "decay of that average, a step")
@@ -172,7 +190,8 @@ class TrainConfig:
         at_least: dict[str, float] = {
             "train_limit": 2, "img_size": 4, "workers": 0, "crop_padding": 0, "kappa": 1,
             "block": 0, "vertical_block": 0, "epochs": 1, "batch_size": 1, "warmup_epochs": 0,
-            "weight_decay": 0, "min_lr": 0, "threads": 1, "max_steps": 1, "log_every": 1, "seed": 0,
+            "weight_decay": 0, "min_lr": 0, "threads": 1, "max_steps": 1, "aug_repeats": 1,
+            "log_every": 1, "seed": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -189,8 +208,10 @@ class TrainConfig:
             if value is not None and not (0 <= value <= 1 if inclusive else 0 <= value < 1):
                 bound = "between 0 and 1" if inclusive else "at least 0 and less than 1"
                 raise InputError(f"expected {_dashed(name)} to be {bound}, got {value}")
-        if not 0 < self.crop_pct <= 1:
-            raise InputError(f"expected --crop-pct to be above 0 and up to 1, got {self.crop_pct}")
+        for name in ("crop_pct", "layer_decay"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise InputError(f"expected {_dashed(name)} to be above 0 and up to 1, got {value}")
         self._check_lists()
         if self.test_share == 0:
             raise InputError("expected --test-share to be greater than 0, got 0")

@@ -32,10 +32,14 @@ Draw = tuple[int, int]  # row of the data set, seed of what is drawn while it is
 
 
 class EpochSampler(Sampler[Draw]):
-    """Rows of an epoch with their seeds: a function of the run's seed and the epoch, no state."""
+    """Rows of an epoch with their seeds: a function of the run's seed and the epoch, no state.
 
-    def __init__(self, count: int, *, shuffle: bool, seed: int) -> None:
-        self.count, self.shuffle, self.seed = count, shuffle, seed
+    With ``repeats`` (Hoffer et al. 2020), a row is drawn so often in a row, and an epoch shows a
+    part of the rows.
+    """
+
+    def __init__(self, count: int, *, shuffle: bool, seed: int, repeats: int = 1) -> None:
+        self.count, self.shuffle, self.seed, self.repeats = count, shuffle, seed, repeats
         self.epoch = 0  # set by Lightning
         self.start = 0  # set by the loader
 
@@ -50,7 +54,7 @@ class EpochSampler(Sampler[Draw]):
         if not self.shuffle:
             return ((row, 0) for row in range(self.start, self.count))
         rng = np.random.default_rng((self.seed, self.epoch))
-        order = rng.permutation(self.count).tolist()
+        order = rng.permutation(self.count).repeat(self.repeats)[: self.count].tolist()
         seeds = rng.integers(2**62, size=self.count).tolist()
         return zip(order[self.start :], seeds[self.start :], strict=True)
 
@@ -199,7 +203,9 @@ def make_loader(data: ImageData, config: TrainConfig, *, train: bool) -> Loader:
     return Loader(
         dataset,
         batch_size=config.batch_size if train else max(config.batch_size, 256),
-        sampler=EpochSampler(len(split), shuffle=train, seed=config.seed),
+        sampler=EpochSampler(
+            len(split), shuffle=train, seed=config.seed, repeats=config.aug_repeats
+        ),
         drop_last=train and len(split) >= config.batch_size,
         num_workers=workers,
         persistent_workers=workers > 0,

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from vitmix.errors import VitmixError
+from vitmix.functional import soft_cross_entropy
+from vitmix.train.optimiser import learning_rate_factor, make_optimiser
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from vitmix import MixingModel
     from vitmix.train.augment import BatchAugment
     from vitmix.train.config import TrainConfig
 
-__all__ = ["MixingTask", "NonFiniteLossError", "learning_rate_factor", "parameter_groups"]
+__all__ = ["MixingTask", "NonFiniteLossError"]
 
 
 class NonFiniteLossError(VitmixError):
@@ -54,6 +56,7 @@ class MixingTask(pl.LightningModule):
         self.mixing = mixing
         self.config = config
         self.augment, self.prepare = augment, prepare
+        self.criterion = binary_cross_entropy_with_logits if config.bce_loss else soft_cross_entropy
         self.epoch_steps = epoch_steps
         self.steps = epoch_steps * config.epochs
         if config.max_steps is not None:
@@ -82,7 +85,7 @@ class MixingTask(pl.LightningModule):
         """Mix, predict, and check the loss before it can reach the weights."""
         images, labels = batch
         out = self.mixing(images, labels)
-        loss: Tensor = out.loss()
+        loss: Tensor = out.loss(self.criterion)
         if not bool(torch.isfinite(loss)):
             raise NonFiniteLossError(
                 f"the loss became {float(loss.detach())} in step {self.global_step + 1} "
@@ -105,7 +108,8 @@ class MixingTask(pl.LightningModule):
             self._counts[key] = self._counts.get(key, 0) + 1
         if (self.global_step + 1) % self.log_every == 0:
             means = {key: float(total) / self._counts[key] for key, total in self._sums.items()}
-            means["lr"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+            groups = self.optimizers().param_groups  # type: ignore[union-attr]
+            means["lr"] = max(group["lr"] for group in groups)
             self._write(means)
             self._sums.clear()
             self._counts.clear()
@@ -139,11 +143,9 @@ class MixingTask(pl.LightningModule):
         self._write(entry)
 
     def configure_optimizers(self) -> Any:
-        """AdamW with linear warm-up and a cosine down to ``min_lr``."""
+        """The optimiser, with linear warm-up and a cosine down to ``min_lr``."""
         config = self.config
-        optimiser = torch.optim.AdamW(
-            parameter_groups(self.mixing, config.weight_decay), lr=config.lr
-        )
+        optimiser = make_optimiser(self.mixing, config)
         warmup = round(config.warmup_epochs * self.epoch_steps)
         floor = min(config.min_lr / config.lr, 1.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -161,24 +163,3 @@ class MixingTask(pl.LightningModule):
             "metrics": dict(self.history[-1]) if self.history else {},
             "averaged": self.averaged,
         }
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters in two groups: matrices and kernels decay; biases and norms do not."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-
-
-def learning_rate_factor(step: int, steps: int, warmup: int, floor: float) -> float:
-    """Share of the peak rate in a step: linear warm-up, then half a cosine down to ``floor``.
-
-    >>> [round(learning_rate_factor(step, 12, 2, 0.0), 2) for step in (0, 1, 2, 7, 12)]
-    [0.5, 1.0, 1.0, 0.5, 0.0]
-    """
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))

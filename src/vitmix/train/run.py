@@ -23,6 +23,7 @@ from vitmix.train.folder import claim_folder, write_json, write_yaml
 from vitmix.train.loading import make_augment, make_loader
 from vitmix.train.methods import build_mixing, parse_method
 from vitmix.train.module import MixingTask, NonFiniteLossError
+from vitmix.train.optimiser import check_optimiser, parameter_groups
 from vitmix.train.policies import make_policy
 from vitmix.train.provenance import commit, device_name, versions
 
@@ -93,6 +94,7 @@ def train_run(
         model, config, num_classes=classes, img_size=data.img_size, teacher=teacher
     )
     try_step(mixing, data)
+    parameter_groups(mixing, config)  # refuses what the optimiser cannot do
     mixing.generator = torch.Generator().manual_seed(config.seed + 1)
     default = default_name(data.name, config.model, Path(config.method).stem, f"seed{config.seed}")
     folder = claim_folder(config.out, config.name, default, config.overwrite)
@@ -159,6 +161,7 @@ def check_config(config: TrainConfig) -> None:
     """Everything that can be refused before data is read."""
     config.validate()
     make_policy(config.aa, config.color_jitter)
+    check_optimiser(config)
     device = pick_device(config.device)
     if config.precision == "fp16" and device == "cpu":
         raise InputError("expected a GPU for --precision fp16, got the CPU; use bf16 or fp32")
