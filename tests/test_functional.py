@@ -309,7 +309,7 @@ def test_a_plan_is_one_graph_however_many_samples_are_easy():
         for value, same in zip(compiled(saliency, easy, 0.001), expected, strict=True):
             torch.testing.assert_close(value, same, rtol=0, atol=1e-6)
     assert frames.frame_count == 1
-    torch.library.opcheck(torch.ops.vitmix.optimal_partners, (saliency, easy, 0.001))
+    torch.library.opcheck(torch.ops.vitmix.optimal_partners, (saliency, easy, torch.tensor(0.001)))
     with pytest.raises(InputError, match="NaN"):
         compiled(saliency * math.nan, easy, 0.001)
 

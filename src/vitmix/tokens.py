@@ -25,9 +25,12 @@ from vitmix.functional.horizontal import (
     mix_targets,
     mix_tokens,
 )
+from vitmix.functional.matching import optimal_partners
 from vitmix.functional.mixture import Mixture
+from vitmix.functional.precision import wide
 from vitmix.functional.targets import soft_cross_entropy, soft_cross_entropy_per_sample
 from vitmix.scorenet import Pool, ScoreNet
+from vitmix.thresholds import share_threshold
 
 __all__ = [
     "BlendPlan",
@@ -191,7 +194,12 @@ class HorizontalTokenMixup(TokenMixer):
         tau: samples whose ScoreNet cross-entropy is below ``tau`` nats are mixed (Eq. 1, 8). The
             released configurations scale the loss by 0.1: their 0.2 is 2.0 here. ``math.inf`` mixes
             every sample (ablation without ScoreNet, which is trained all the same).
+            ``"auto:0.5"`` follows the difficulty of the batches, so that half of all samples are
+            mixed.
         rho: a token is replaced if that raises its saliency by more than ``rho`` (Eq. 9).
+            ``"auto:0.3"`` follows the gains, so that 30% of the tokens of mixed samples are
+            replaced. ``rho`` is never below 0: where fewer tokens than that have a more salient
+            counterpart in the partner, all that have one are replaced and the share stays lower.
         pool: how ScoreNet pools tokens; see :class:`vitmix.scorenet.ScoreNet`.
         stop_gradient: whether ScoreNet's loss is kept from the model's own parameters.
         scorenet_weight: weight of ScoreNet's loss in the training loss. Released: 0.001 without
@@ -213,8 +221,8 @@ class HorizontalTokenMixup(TokenMixer):
     def __init__(
         self,
         block: int = 2,
-        tau: float = 2.0,
-        rho: float = 0.005,
+        tau: float | str = 2.0,
+        rho: float | str = 0.005,
         pool: Pool = "auto",
         stop_gradient: bool = True,
         scorenet_weight: float = 1.0,
@@ -225,9 +233,8 @@ class HorizontalTokenMixup(TokenMixer):
     ) -> None:
         super().__init__()
         _require_block(block)
-        if math.isnan(tau):
-            raise InputError("expected `tau` as a number of nats, got NaN")
-        if not rho >= 0:
+        tau_of_share, rho_of_share = share_threshold("tau", tau), share_threshold("rho", rho)
+        if not isinstance(rho, str) and rho < 0:
             raise InputError(f"expected `rho` of at least 0, got {rho}")
         if not scorenet_weight >= 0:
             raise InputError(f"expected `scorenet_weight` of at least 0, got {scorenet_weight}")
@@ -247,6 +254,7 @@ class HorizontalTokenMixup(TokenMixer):
         self.assignment = assignment
         self.relabel: Literal["saliency", "area"] = relabel
         self.scorenet: ScoreNet | None = None
+        self.tau_of_share, self.rho_of_share = tau_of_share, rho_of_share
 
     @property
     def last_block(self) -> int:
@@ -284,12 +292,18 @@ class HorizontalTokenMixup(TokenMixer):
         scores = self.scorenet(tokens.detach() if self.stop_gradient else tokens)
         with torch.no_grad():
             difficulty = soft_cross_entropy_per_sample(scores, context.targets)
-            easy = difficulty < self.tau if self.tau < math.inf else torch.ones_like(difficulty) > 0
-            saliency = self._saliency(context)
-            plan = horizontal_plan(
-                saliency, easy, self.rho, candidates=context.given.partner, relabel=self.relabel
-            )
+            easy = self._easy(difficulty)
+            saliency = wide(self._saliency(context))
+            partner = context.given.partner
+            if partner is None:
+                partner = optimal_partners(saliency, easy, self._rho_so_far())
+            rho = self._least_gain(saliency, easy, partner)
+            plan = horizontal_plan(saliency, easy, rho, candidates=partner, relabel=self.relabel)
             stats = self._stats(difficulty, easy, saliency, plan)
+            if self.tau_of_share is not None:
+                stats["tau"] = self.tau_of_share.value.clone()
+            if self.rho_of_share is not None:
+                stats["rho"] = torch.as_tensor(rho)
         # The loss enters every step, so that ScoreNet's parameters always have a gradient.
         loss = self.scorenet_weight * soft_cross_entropy(scores, context.targets)
         return TokenOutcome(plan, loss, stats)
@@ -303,6 +317,26 @@ class HorizontalTokenMixup(TokenMixer):
             raise InputError(f"expected a {self.saliency} saliency before the pass, got none")
         return context.given.saliency
 
+    def _easy(self, difficulty: Tensor) -> Tensor:
+        if isinstance(self.tau, str):
+            assert self.tau_of_share is not None
+            return difficulty < self.tau_of_share.follow(difficulty)
+        return difficulty < self.tau if self.tau < math.inf else torch.ones_like(difficulty) > 0
+
+    def _rho_so_far(self) -> float | Tensor:
+        if isinstance(self.rho, str):
+            assert self.rho_of_share is not None
+            return -self.rho_of_share.value.nan_to_num().clamp_max(0)
+        return self.rho
+
+    def _least_gain(self, saliency: Tensor, easy: Tensor, partner: Tensor) -> float | Tensor:
+        """Rho for this batch, whose pairs were made by what was known before it."""
+        if self.rho_of_share is not None:
+            # Replaced are the tokens whose gain is above rho: whose loss is below minus rho.
+            loss = saliency - saliency[partner]
+            self.rho_of_share.follow(torch.where(easy[:, None], loss, torch.nan))
+        return self._rho_so_far()
+
     @staticmethod
     def _stats(
         difficulty: Tensor, easy: Tensor, saliency: Tensor, plan: HorizontalPlan
@@ -310,9 +344,12 @@ class HorizontalTokenMixup(TokenMixer):
         mixed = easy.sum()
         replaced = plan.replace.sum()
         gain = torch.where(plan.replace, saliency[plan.partner] - saliency, 0).sum()
+        tokens = replaced / mixed.clamp_min(1)
         return {
             "mixed_samples": mixed.float(),
-            "mixed_tokens": replaced / mixed.clamp_min(1),
+            "mixed_tokens": tokens,
+            "mixed_share": mixed / len(easy),
+            "replaced_share": tokens / plan.replace.shape[1],
             "difficulty": difficulty.mean(),
             "saliency_gain": gain / mixed.clamp_min(1),
             "own_weight": plan.own_weight.mean(),

@@ -23,11 +23,13 @@ from vitmix.functional.targets import (
     soft_cross_entropy,
     soft_cross_entropy_per_sample,
 )
+from vitmix.functional.thresholds import RunningQuantile, follow_quantile
 from vitmix.functional.vertical import salient_indices, salient_tokens
 
 __all__ = [
     "HorizontalPlan",
     "Mixture",
+    "RunningQuantile",
     "activation_weight",
     "align_shares",
     "apply_horizontal",
@@ -36,6 +38,7 @@ __all__ = [
     "attention_saliency",
     "block_mask",
     "box_mask",
+    "follow_quantile",
     "horizontal_plan",
     "mix_targets",
     "mix_tokens",

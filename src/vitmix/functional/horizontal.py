@@ -31,7 +31,7 @@ class HorizontalPlan(NamedTuple):
 def horizontal_plan(
     saliency: Tensor,
     easy: Tensor,
-    rho: float,
+    rho: float | Tensor,
     *,
     candidates: Tensor | None = None,
     relabel: Literal["saliency", "area"] = "saliency",
@@ -69,11 +69,10 @@ def horizontal_plan(
             f"got {tuple(saliency.shape)} and {tuple(easy.shape)}"
         )
     saliency, easy = wide(saliency), easy.bool()
-    rows = torch.arange(len(saliency), device=saliency.device)
     if candidates is None:
         partner = optimal_partners(saliency, easy, rho)
     else:
-        partner = torch.where(easy, candidates, rows)
+        partner = torch.where(easy, candidates, torch.arange(len(easy), device=easy.device))
     other = saliency[partner]
     replace = (other - saliency > rho) & easy[:, None]
     ones = torch.ones_like(saliency)

@@ -82,7 +82,7 @@ def optimal_assignment(gain: Tensor) -> Tensor:
     return torch.as_tensor(columns, dtype=torch.int64).to(gain.device)
 
 
-def optimal_partners(saliency: Tensor, easy: Tensor, rho: float) -> Tensor:
+def optimal_partners(saliency: Tensor, easy: Tensor, rho: float | Tensor) -> Tensor:
     """Optimal partner of each easy sample (TokenMixup, Eq. 6 to 8); every other keeps itself.
 
     One operator, ``vitmix::optimal_partners``: how many samples are easy, and the solver on the
@@ -91,7 +91,7 @@ def optimal_partners(saliency: Tensor, easy: Tensor, rho: float) -> Tensor:
     Args:
         saliency: ``(B, N)``.
         easy: ``(B,)`` bool.
-        rho: least gain for which a token is replaced, in units of saliency.
+        rho: least gain for which a token is replaced, in units of saliency; a number or a scalar.
 
     Returns:
         ``(B,)`` int64, distinct among the easy samples.
@@ -104,15 +104,16 @@ def optimal_partners(saliency: Tensor, easy: Tensor, rho: float) -> Tensor:
         >>> optimal_partners(saliency, torch.tensor([True, True, False]), rho=0.0)
         tensor([1, 0, 2])
     """
-    partners: Tensor = _optimal_partners(saliency.detach(), easy, rho)
+    least = rho if isinstance(rho, Tensor) else torch.tensor(rho, dtype=torch.float64)
+    partners: Tensor = _optimal_partners(saliency.detach(), easy, least)
     return partners
 
 
-def _solve(saliency: Tensor, easy: Tensor, rho: float) -> Tensor:
+def _solve(saliency: Tensor, easy: Tensor, rho: Tensor) -> Tensor:
     partners = torch.arange(len(saliency), device=saliency.device)
     rows = easy.nonzero().squeeze(1)
     if len(rows):
-        partners[rows] = optimal_assignment(saliency_gain(saliency[rows], saliency, rho))
+        partners[rows] = optimal_assignment(saliency_gain(saliency[rows], saliency, float(rho)))
     return partners
 
 
@@ -124,11 +125,11 @@ _optimal_partners: Any = torch.library.custom_op(
     "vitmix::optimal_partners",
     _solve,
     mutates_args=(),
-    schema="(Tensor saliency, Tensor easy, float rho) -> Tensor",
+    schema="(Tensor saliency, Tensor easy, Tensor rho) -> Tensor",
     **_options,
 )
 
 
 @_optimal_partners.register_fake  # type: ignore[untyped-decorator]
-def _(saliency: Tensor, easy: Tensor, rho: float) -> Tensor:
+def _(saliency: Tensor, easy: Tensor, rho: Tensor) -> Tensor:
     return saliency.new_empty(len(saliency), dtype=torch.int64)

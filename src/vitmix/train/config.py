@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -122,10 +123,18 @@ class TrainConfig:
         "Method", "none", "a method, several joined by +, or a YAML file with mix, labels, tokens"
     )
     alpha: float | None = option("Method", None, "Beta parameter of the pixel mix")
-    tau: float | None = option(
-        "Method", None, "horizontal: samples with a ScoreNet loss up to tau (nats) are mixed"
+    tau: float | str | None = option(
+        "Method",
+        None,
+        "horizontal: samples with a ScoreNet loss up to tau (nats) are mixed; auto:0.5 keeps the "
+        "share of mixed samples at 50%%",
     )
-    rho: float | None = option("Method", None, "horizontal: least gain of saliency for a token")
+    rho: float | str | None = option(
+        "Method",
+        None,
+        "horizontal: least gain of saliency for a token; auto:0.3 keeps the share of replaced "
+        "tokens in mixed samples at 30%%",
+    )
     kappa: int | None = option("Method", None, "vertical: tokens taken from each earlier block")
     block: int | None = option("Method", None, "block of the token stage, counted from 0")
     vertical_block: int | None = option(
@@ -215,8 +224,8 @@ class TrainConfig:
         self._check_lists()
         if self.test_share == 0:
             raise InputError("expected --test-share to be greater than 0, got 0")
-        if self.tau is not None and not self.tau > 0:
-            raise InputError(f"expected --tau to be greater than 0 (inf mixes all), got {self.tau}")
+        for name in ("tau", "rho"):
+            self._validate_threshold(name)
         if self.name is not None and Path(self.name).name != self.name:
             raise InputError(
                 f"expected --name to be a plain folder name, got {self.name!r}; "
@@ -244,6 +253,20 @@ class TrainConfig:
                 "expected either --scale, a random resized crop, or --crop-padding, a padded one; "
                 "got both"
             )
+
+    def _validate_threshold(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, str):
+            word, _, share = value.partition(":")
+            with suppress(ValueError):
+                if word == "auto" and 0 < float(share) < 1:
+                    return
+            raise InputError(
+                f"expected {_dashed(name)} to be a number, or auto:SHARE with a share between 0 "
+                f"and 1 such as auto:0.5, got {value!r}"
+            )
+        if name == "tau" and value is not None and not value > 0:
+            raise InputError(f"expected --tau to be greater than 0 (inf mixes all), got {value}")
 
 
 def _dashed(name: str) -> str:

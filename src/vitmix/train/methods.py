@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -325,8 +325,9 @@ def _token_settings(
 def _make(class_name: str, args: dict[str, Any]) -> Any:
     import vitmix
 
-    if isinstance(args.get("tau"), str):  # `inf` is a string in YAML
-        args["tau"] = math.inf if args["tau"] == "inf" else float(args["tau"])
+    for name in ("tau", "rho"):
+        with suppress(KeyError, TypeError, ValueError):  # YAML takes `inf` and `1e-3` for text
+            args[name] = float(args[name])
     if isinstance(args.get("block"), list):
         args["block"] = tuple(args["block"])
     return getattr(vitmix, class_name)(**args)

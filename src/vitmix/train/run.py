@@ -173,7 +173,10 @@ def try_step(mixing: MixingModel, data: ImageData) -> None:
     """One forward pass on blank images, so that what does not fit shows before anything is made."""
     mixing.train()
     side = data.img_size
+    before = [buffer.clone() for buffer in mixing.buffers()]
     mixing(torch.zeros(2, 3, side, side), torch.tensor([0, 1]))
+    for buffer, value in zip(mixing.buffers(), before, strict=True):
+        buffer.copy_(value)  # running means and thresholds start with real images
 
 
 def default_name(*parts: str) -> str:
