@@ -67,7 +67,8 @@ def test_file_then_options_make_the_settings(
     path = tmp_path / "settings.yaml"
     path.write_text("epochs: 7\nbatch_size: 16\nlr: 1e-3\n")
     arguments = ["--config", str(path), "--batch_size=8", "--tau", "inf", "--ema"]
-    arguments += ["--scale", "0.5", "1"]
+    arguments += ["--scale", "0.5", "1", "--mix", "tokenmix", "--labels", "{name: aligned}"]
+    arguments += ["--tokens", "[{name: horizontal, block: 1}, vertical]"]
     assert main(["train", *arguments, "--print-config"]) == 0
     settings = yaml.safe_load(capsys.readouterr().out)
     assert (settings["epochs"], settings["batch_size"]) == (7, 8)
@@ -75,10 +76,25 @@ def test_file_then_options_make_the_settings(
     assert settings["tau"] == float("inf")
     assert settings["ema"] is True
     assert settings["scale"] == [0.5, 1.0]
+    assert (settings["mix"], settings["labels"]) == ("tokenmix", {"name": "aligned"})
+    assert settings["tokens"] == [{"name": "horizontal", "block": 1}, "vertical"]
 
 
 def test_saved_settings_train_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--method", "cutmix", "--seed", "3", "--scale", "0.5", "1", "--max-steps", "1"]
+    tokens = "[{name: horizontal, tau: 5, assignment: random}]"
+    options = [
+        "--cutmix",
+        "1",
+        "--tokens",
+        tokens,
+        "--seed",
+        "3",
+        "--scale",
+        "0.5",
+        "1",
+        "--max-steps",
+        "1",
+    ]
     assert main(train(tmp_path, "--name", "a", *options)) == 0
     saved = tmp_path / "runs" / "a" / "config.yaml"
     assert main(["train", "--config", str(saved), "--name", "b"]) == 0
@@ -152,6 +168,13 @@ BAD_OPTIONS = [
     (["train", "--layer-decay", "2"], "--layer-decay to be above 0 and up to 1"),
     (["train", "--layer-decay", "0.9"], "a timm model for --layer-decay"),
     (["train", "--model-kwargs", "{deep: 1}"], "--model-kwargs to be arguments of cct_2_3x2_32"),
+    (["train", "--mixup", "-1"], "--mixup to be at least 0"),
+    (["train", "--mixup", "1", "--mixup-prob", "2"], "--mixup-prob to be between 0 and 1"),
+    (["train", "--mixup-mode", "all"], "--mixup-mode to be one of batch, pair, elem"),
+    (["train", "--mix", "cutmx"], "--mix to name one of mixup, cutmix, tokenmix, got 'cutmx'"),
+    (["train", "--mix", "{name: cutmix, alfa: 1}"], "got 'alfa'; did you mean 'alpha'"),
+    (["train", "--tokens", "[horizontal, diagonal]"], "got 'diagonal'"),
+    (["train", "--labels", "algined"], "did you mean 'aligned'"),
     (["train", "--max-steps", "0"], "--max-steps to be at least 1"),
     (["train", "--aa", "auto"], "--aa to be none, trivial or rand"),
     (["train", "--method", "cutmx"], "got 'cutmx'; did you mean 'cutmix'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import itertools
 import json
 import math
@@ -29,10 +30,11 @@ from vitmix.train.checkpoint import load_trained
 from vitmix.train.config import TrainConfig
 from vitmix.train.data import load_data
 from vitmix.train.folder import claim_folder
-from vitmix.train.methods import METHODS, build_mixing, parse_method
+from vitmix.train.methods import LABELS, METHODS, MIXES, TOKENS, method_of, parse_method
 from vitmix.train.module import NonFiniteLossError
 from vitmix.train.optimiser import check_optimiser, learning_rate_factor, parameter_groups
 from vitmix.train.run import Interrupted, train_run
+from vitmix.train.stages import build_mixing
 
 
 def small(tmp_path: Path, **changes: Any) -> TrainConfig:
@@ -129,6 +131,125 @@ def test_class_token_models_get_the_published_imagenet_setting() -> None:
     assert horizontal.rho == pytest.approx(0.01)  # type: ignore[operator]
     assert (horizontal.stop_gradient, horizontal.scorenet_weight) == (True, 1.0)
     assert (vertical.block, vertical.kappa) == (4, 3)
+
+
+def mixes(config: TrainConfig) -> list[tuple[str, float]]:
+    return [(part.name, part.args.get("alpha", 1.0)) for part in method_of(config).mix]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "expected"),
+    [
+        ("none", {"mixup": 0.8}, [("mixup", 0.8)]),
+        ("none", {"mixup": 0.8, "cutmix": 1.0}, [("mixup", 0.8), ("cutmix", 1.0)]),
+        ("tokenmixup", {"cutmix": 0.5}, [("cutmix", 0.5)]),
+        ("mixup+cutmix", {"mixup": 0.2}, [("mixup", 0.2), ("cutmix", 1.0)]),
+        ("mixup+cutmix", {"mixup": 0.0}, [("cutmix", 1.0)]),
+        ("tokenmix", {"mixup": 0.8}, [("mixup", 0.8), ("tokenmix", 1.0)]),
+        ("cutmix", {"cutmix": 0.0, "mixup": 0.0}, []),
+        ("tl-align", {"mix": "tokenmix"}, [("tokenmix", 1.0)]),
+        ("tl-align", {"mix": "none"}, []),
+    ],
+)
+def test_mixup_and_cutmix_have_timms_options(
+    method: str, options: dict[str, Any], expected: list[tuple[str, float]]
+) -> None:
+    assert mixes(TrainConfig(method=method, **options)) == expected
+
+
+def test_turns_of_pixel_mixes_have_timms_options() -> None:
+    options: dict[str, Any] = {"mixup_prob": 0.9, "mixup_mode": "elem"}
+    both = build("none", mixup=0.8, cutmix=1.0, mixup_switch_prob=0.3, **options).mix
+    assert isinstance(both, vitmix.OneOf)
+    assert both.weights == pytest.approx([0.7, 0.3])
+    one = build("cutmix", **options).mix
+    assert isinstance(one, vitmix.CutMix)
+    for mix in (both, one):
+        assert (mix.prob, mix.draw) == (0.9, "element")
+    spec = {"name": "one-of", "mixers": ["mixup", "cutmix"], "weights": [3, 1], "pairing": "flip"}
+    listed = build("none", mix=spec).mix
+    assert isinstance(listed, vitmix.OneOf)
+    assert (listed.weights, listed.pairing) == ([0.75, 0.25], "flip")
+
+
+def test_stages_of_a_method_can_be_replaced() -> None:
+    mixing = build("cutmix+tokenmixup", labels="aligned", tokens={"name": "vertical", "kappa": 2})
+    assert isinstance(mixing.mix, vitmix.CutMix)
+    assert isinstance(mixing.labels, vitmix.TokenAlignedLabels)
+    (vertical,) = mixing.tokens
+    assert vertical.kappa == 2
+    assert not build("tokenmixup", tokens="none").tokens
+
+
+EVERY_PARAMETER: dict[str, dict[str, dict[str, Any]]] = {
+    "mix": {
+        "mixup": {"alpha": 0.5, "prob": 0.5, "draw": "pair", "pairing": "flip"},
+        "cutmix": {"alpha": 0.5, "prob": 0.5, "draw": "pair", "pairing": "flip", "align": True},
+        "tokenmix": {
+            "alpha": 0.5, "prob": 0.5, "draw": "pair", "pairing": "flip", "mask": "block",
+            "min_block_tokens": 2, "extra_tokens": 1, "lam": 0.5,
+        },
+    },
+    "labels": {
+        "area": {}, "aligned": {}, "attention": {"block": 0, "area": 0.5},
+        "teacher": {"normalise": False},
+    },
+    "tokens": {
+        "horizontal": {
+            "block": 0, "tau": 1.0, "rho": 0.01, "pool": "average", "stop_gradient": True,
+            "scorenet_weight": 0.5, "saliency": "rollout", "rollout_steps": 1,
+            "assignment": "random", "relabel": "area",
+        },
+        "vertical": {"block": 1, "kappa": 2, "stop_gradient": True},
+        "manifold": {"block": [0, 1], "alpha": 1.0, "prob": 0.5},
+    },
+}  # fmt: skip
+KNOWN = {"mix": MIXES, "labels": LABELS, "tokens": TOKENS}
+
+
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [(stage, name) for stage, names in EVERY_PARAMETER.items() for name in names],
+)
+def test_every_parameter_of_every_stage_is_settable(stage: str, name: str) -> None:
+    given = EVERY_PARAMETER[stage][name]
+    accepted = set(inspect.signature(getattr(vitmix, KNOWN[stage][name])).parameters)
+    assert set(given) == accepted - {"teacher"}
+    mixing = build("none", **{stage: {"name": name, **given}})
+    made: Any = {"mix": mixing.mix, "labels": mixing.labels, "tokens": [*mixing.tokens, None][0]}
+    renamed = {"mask": "kind", "lam": "fixed_lam", "block": "block"}
+    for option, value in given.items():
+        attribute = "attention_block" if stage == "labels" and option == "block" else option
+        kept = getattr(made[stage], renamed.get(attribute, attribute))
+        assert kept == (tuple(value) if isinstance(value, list) else value)
+
+
+def test_every_stage_is_in_the_table_above() -> None:
+    assert {stage: set(names) for stage, names in KNOWN.items()} == {
+        stage: set(names) for stage, names in EVERY_PARAMETER.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mix": "cutmx"}, "--mix to name one of.*did you mean 'cutmix'"),
+        ({"mix": {"name": "cutmix", "alhpa": 1}}, "in --mix, got 'alhpa'; did you mean 'alpha'"),
+        ({"mix": [{"name": "cutmix", "draw": "pair"}, "mixup"]}, "for all pixel mixes together"),
+        ({"mix": {"name": "one-of", "mixer": []}}, "did you mean 'mixers'"),
+        ({"mix": {"name": "one-of", "mixers": ["cutmix", "mixup"], "weights": [1]}}, "2 mixers"),
+        ({"mix": 3}, "--mix to name one of"),
+        ({"labels": ["area", "aligned"]}, "one way to make labels in --labels"),
+        ({"tokens": {"name": "horizontal", "rho": "much"}}, "rho"),
+        ({"tokens": {"name": "vertical", "kappa": "x"}}, "arguments that fit VerticalTokenMixup"),
+        ({"cutmix": 1.0, "mixup_switch_prob": 0.5}, "two pixel mixes for --mixup-switch-prob"),
+        ({"mixup_prob": 0.5}, "uses --mixup-prob"),
+        ({"mixup_mode": "pair"}, "uses --mixup-mode"),
+    ],
+)
+def test_stages_that_do_not_exist(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        build("none", **options)
 
 
 def test_options_override_defaults() -> None:

@@ -116,11 +116,11 @@ def _configure_train(parser: Parser) -> None:
 
 def _train(options: Any) -> None:
     from vitmix.train.config import TrainConfig
-    from vitmix.train.methods import parse_method
+    from vitmix.train.methods import method_of
 
     config = TrainConfig.from_dict(options)
     config.validate()
-    parse_method(config.method)  # what can be refused at once is refused before the slow imports
+    method_of(config)  # what can be refused at once is refused before the slow imports
     from vitmix.plots.run_figures import save_run_figures
     from vitmix.train.run import train_run
 
@@ -178,7 +178,7 @@ def _configure_compare(parser: Parser) -> None:
         "--methods", str, "none,cutmix,tokenmix,tl-align,tokenmixup", "methods, between commas"
     )
     parser.add("--seeds", str, "1", "number of seeds from --seed on, or seeds between commas")
-    parser.add_config(TrainConfig, leave_out=("method",))
+    parser.add_config(TrainConfig, leave_out=("method", "mix", "labels", "tokens"))
 
 
 def _compare(options: Any) -> None:

@@ -198,6 +198,8 @@ def _describe(kind: Any) -> str:
             words.append("one of " + ", ".join(typing.get_args(member)))
         elif (typing.get_origin(member) or member) is dict:
             words.append("a mapping such as {name: value}")
+        elif (typing.get_origin(member) or member) is list:
+            words.append("a list")
         else:
             names = {int: "a whole number", float: "a number", bool: "true or false"}
             words.append(names.get(member, "text"))

@@ -25,9 +25,10 @@ from vitmix.plots.style import LIGHT, Theme, themed
 from vitmix.train.checkpoint import make_model
 from vitmix.train.data import ImageData, load_data
 from vitmix.train.folder import claim_folder, write_json, write_yaml
-from vitmix.train.methods import build_mixing, in_words, parse_method, unused_options
+from vitmix.train.methods import in_words, method_of, parse_method, unused_options
 from vitmix.train.provenance import commit, versions
 from vitmix.train.run import check_config, default_name, train_run, try_step
+from vitmix.train.stages import build_mixing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -146,7 +147,7 @@ def compare(
 
 def _settings_of(config: TrainConfig, method: str) -> TrainConfig:
     """The settings for one of several methods: without options that only others use."""
-    spec = parse_method(method)
+    spec = method_of(replace(config, method=method))
     unused: dict[str, Any] = dict.fromkeys(unused_options(spec))
     if not spec.needs_teacher:
         unused["teacher"] = "auto"
@@ -156,7 +157,7 @@ def _settings_of(config: TrainConfig, method: str) -> TrainConfig:
 def _try_method(config: TrainConfig, data: ImageData) -> None:
     """Build the model and the method once, so that a mistake shows before the first run."""
     model = make_model(config, len(data.classes), data.img_size)
-    teacher = model if parse_method(config.method).needs_teacher else None
+    teacher = model if method_of(config).needs_teacher else None
     mixing = build_mixing(
         model, config, num_classes=len(data.classes), img_size=data.img_size, teacher=teacher
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from vitmix.plots.curves import learning_curves, mixing_curves, read_metrics
 from vitmix.plots.examples import collect_examples, examples_figure
 from vitmix.plots.style import LIGHT, themed
+from vitmix.train.methods import method_name
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,7 +19,7 @@ __all__ = ["save_run_figures"]
 
 def save_run_figures(run: RunResult) -> list[Path]:
     """Write ``curves.png``, and where the method has them ``mixing.png`` and ``examples.png``."""
-    name = run.task.config.method
+    name = method_name(run.task.config)
     metrics = read_metrics(run.folder)
     with themed(LIGHT):
         figures = {"curves": learning_curves({name: [metrics]})}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -23,8 +23,7 @@ T = TypeVar("T")
 Precision = Literal["fp32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Interpolation = Literal["bicubic", "bilinear"]
-
-GROUPS = ("Data", "Augmentation", "Model", "Method", "Optimisation", "Run")
+Stages = dict[str, Any] | list[Any] | str  # a name, {name: ..., argument: ...}, or several of them
 
 
 def option(group: str, default: T, text: str, count: int | None = None) -> T:
@@ -122,7 +121,31 @@ class TrainConfig:
     method: str = option(
         "Method", "none", "a method, several joined by +, or a YAML file with mix, labels, tokens"
     )
-    alpha: float | None = option("Method", None, "Beta parameter of the pixel mix")
+    mix: Stages | None = option(
+        "Method",
+        None,
+        "pixel stage instead of the method's: none, mixup, cutmix, tokenmix, with arguments as in "
+        "{name: tokenmix, mask: random}, or a list of which one is drawn for each batch",
+    )
+    labels: Stages | None = option(
+        "Method", None, "label stage instead of the method's: area, attention, teacher, aligned"
+    )
+    tokens: Stages | None = option(
+        "Method",
+        None,
+        "token stages instead of the method's: none, horizontal, vertical, manifold, with "
+        "arguments as in [{name: horizontal, block: 2, rho: 0.005}, vertical]",
+    )
+    mixup: float | None = option("Method", None, "Beta parameter of Mixup, which is added; 0: off")
+    cutmix: float | None = option("Method", None, "Beta parameter of CutMix, likewise")
+    mixup_prob: float | None = option("Method", None, "probability of mixing pixels at all")
+    mixup_switch_prob: float | None = option(
+        "Method", None, "probability of the second of two pixel mixes (default: 0.5)"
+    )
+    mixup_mode: Literal["batch", "pair", "elem"] | None = option(
+        "Method", None, "what a draw of the pixel mix holds for (default: the batch)"
+    )
+    alpha: float | None = option("Method", None, "Beta parameter of every pixel mix")
     tau: float | str | None = option(
         "Method",
         None,
@@ -190,6 +213,15 @@ class TrainConfig:
         names = {entry.name for entry in fields(cls)}
         return cls(**{key: value for key, value in values.items() if key in names})
 
+    def without_method(self, method: str = "none", **changes: Any) -> TrainConfig:
+        """The settings with another method, and none of the options that belong to one."""
+        own: dict[str, Any] = {
+            entry.name: entry.default
+            for entry in fields(self)
+            if entry.metadata["group"] == "Method"
+        }
+        return replace(self, **(own | {"method": method} | changes))
+
     def validate(self) -> None:
         """Refuse numbers that no run can work with.
 
@@ -200,7 +232,7 @@ class TrainConfig:
             "train_limit": 2, "img_size": 4, "workers": 0, "crop_padding": 0, "kappa": 1,
             "block": 0, "vertical_block": 0, "epochs": 1, "batch_size": 1, "warmup_epochs": 0,
             "weight_decay": 0, "min_lr": 0, "threads": 1, "max_steps": 1, "aug_repeats": 1,
-            "log_every": 1, "seed": 0,
+            "log_every": 1, "seed": 0, "mixup": 0, "cutmix": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -210,10 +242,13 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise InputError(f"expected {_dashed(name)} to be greater than 0, got {value}")
-        below_one = ("test_share", "hflip", "reprob", "smoothing", "ema_decay", "drop_path")
+        below_one = (
+            "test_share", "hflip", "reprob", "smoothing", "ema_decay", "drop_path", "mixup_prob",
+            "mixup_switch_prob",
+        )  # fmt: skip
         for name in below_one:
             value = getattr(self, name)
-            inclusive = name in ("hflip", "reprob")
+            inclusive = name not in ("test_share", "smoothing", "ema_decay", "drop_path")
             if value is not None and not (0 <= value <= 1 if inclusive else 0 <= value < 1):
                 bound = "between 0 and 1" if inclusive else "at least 0 and less than 1"
                 raise InputError(f"expected {_dashed(name)} to be {bound}, got {value}")

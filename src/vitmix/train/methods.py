@@ -1,15 +1,14 @@
 """Methods by name: which pixel mix, labels and token stages a name stands for, with which settings.
 
 A method is a :class:`MethodSpec`: three plain entries, ``mix``, ``labels`` and ``tokens``, the same
-as in a YAML file. Names are turned into specs without looking at a model; :func:`build_mixing`
-makes the stages for one.
+as in a YAML file. Nothing here looks at a model; :mod:`vitmix.train.stages` makes the stages for
+one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,17 +17,15 @@ from vitmix.errors import InputError
 from vitmix.train.config import suggest
 
 if TYPE_CHECKING:
-    from torch import Generator, nn
-
-    import vitmix
     from vitmix.train.config import TrainConfig
 
 __all__ = [
     "METHODS",
     "MethodSpec",
     "Part",
-    "build_mixing",
     "in_words",
+    "method_name",
+    "method_of",
     "parse_method",
     "unused_options",
 ]
@@ -44,11 +41,12 @@ class Part:
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """A method, stage by stage. Several pixel mixes take turns."""
+    """A method, stage by stage. Several pixel mixes take turns, as ``turns`` says (``OneOf``)."""
 
     mix: tuple[Part, ...] = ()
     labels: Part = Part("area")
     tokens: tuple[Part, ...] = ()
+    turns: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def needs_teacher(self) -> bool:
@@ -148,6 +146,71 @@ def in_words(spec: MethodSpec) -> str:
     return " ".join(WORDS[part.name] for part in (*spec.mix, *labels, *spec.tokens))
 
 
+def method_of(config: TrainConfig) -> MethodSpec:
+    """The method that the settings describe.
+
+    ``method`` comes first, then the stages given on their own (``mix``, ``labels``, ``tokens``),
+    then ``mixup``, ``cutmix`` and what goes with them, which have the meaning of timm's options.
+
+    Raises:
+        InputError: see :func:`parse_method`, or options that do not fit the pixel mixes.
+    """
+    spec = parse_method(config.method)
+    changes: dict[str, Any] = {}
+    if config.mix is not None:
+        changes["mix"], changes["turns"] = _read_mix(config.mix, "--mix")
+    if config.labels is not None:
+        changes["labels"] = _read_labels(config.labels, "--labels")
+    if config.tokens is not None:
+        changes["tokens"] = tuple(_parts(config.tokens, "--tokens", TOKENS))
+    return _with_options(dataclasses.replace(spec, **changes), config)
+
+
+def method_name(config: TrainConfig) -> str:
+    """What to call the method of these settings: its name, or the names of its stages.
+
+    >>> from vitmix.train.config import TrainConfig
+    >>> method_name(TrainConfig(mixup=0.8, tokens="horizontal"))
+    'mixup+horizontal'
+    """
+    own = (config.mix, config.labels, config.tokens, config.mixup, config.cutmix)
+    if all(option is None for option in own):
+        return Path(config.method).stem
+    spec = method_of(config)
+    labels = () if spec.labels.name == "area" else (spec.labels,)
+    return "+".join(part.name for part in (*spec.mix, *labels, *spec.tokens)) or "none"
+
+
+def _with_options(spec: MethodSpec, config: TrainConfig) -> MethodSpec:
+    """A method with the pixel mixes that timm's options ask for."""
+    mix = list(spec.mix)
+    for name, alpha in (("mixup", config.mixup), ("cutmix", config.cutmix)):
+        if alpha is None:
+            continue
+        known = [part for part in mix if part.name == name]
+        if alpha == 0:
+            mix = [part for part in mix if part.name != name]
+        elif known:
+            args = {"alpha": alpha}
+            mix = [Part(p.name, p.args | args) if p.name == name else p for p in mix]
+        else:
+            mix.insert(0 if name == "mixup" else len(mix), Part(name, {"alpha": alpha}))
+    drawn: dict[str, Any] = {}
+    if config.mixup_prob is not None:
+        drawn["prob"] = config.mixup_prob
+    if config.mixup_mode is not None:
+        drawn["draw"] = {"elem": "element"}.get(config.mixup_mode, config.mixup_mode)
+    if config.mixup_switch_prob is not None:
+        if len(mix) != 2:
+            raise InputError(
+                f"expected two pixel mixes for --mixup-switch-prob to choose from, got {len(mix)}"
+            )
+        drawn["weights"] = [1 - config.mixup_switch_prob, config.mixup_switch_prob]
+    if len(mix) == 1:
+        return dataclasses.replace(spec, mix=(Part(mix[0].name, mix[0].args | drawn),))
+    return dataclasses.replace(spec, mix=tuple(mix), turns=spec.turns | drawn)
+
+
 def _read_method(path: Path) -> MethodSpec:
     import yaml
 
@@ -167,18 +230,41 @@ def _read_method(path: Path) -> MethodSpec:
             f"expected only the keys mix, labels and tokens in {path}, "
             f"got {wrong!r}{suggest(wrong, ('mix', 'labels', 'tokens'))}"
         )
-    labels = _parts(content.get("labels"), "labels", LABELS, path)
-    if len(labels) > 1:
-        raise InputError(f"expected one way to make labels in {path}, got {len(labels)}")
+    mix, turns = _read_mix(content.get("mix"), f"`mix` in {path}")
     return MethodSpec(
-        tuple(_parts(content.get("mix"), "mix", MIXES, path)),
-        labels[0] if labels else Part("area"),
-        tuple(_parts(content.get("tokens"), "tokens", TOKENS, path)),
+        mix,
+        _read_labels(content.get("labels"), f"`labels` in {path}"),
+        tuple(_parts(content.get("tokens"), f"`tokens` in {path}", TOKENS)),
+        turns,
     )
 
 
-def _parts(value: Any, key: str, known: dict[str, str], path: Path) -> list[Part]:
-    """Entries of one key: a name, ``{name: ..., argument: ...}``, or a list of such."""
+def _read_mix(value: Any, where: str) -> tuple[tuple[Part, ...], dict[str, Any]]:
+    """Pixel mixes, and how they take turns: a part, a list, or the arguments of ``OneOf``."""
+    turns: dict[str, Any] = {}
+    if isinstance(value, dict) and value.get("name") == "one-of":
+        (whole,) = _parts(value, where, {"one-of": "OneOf"})
+        turns = dict(whole.args)
+        value = turns.pop("mixers", None)
+    parts = _parts(value, where, MIXES)
+    for part in parts if len(parts) > 1 else ():
+        for option in {"draw", "pairing"} & set(part.args):
+            raise InputError(
+                f"expected {option!r} for all pixel mixes together in {where}, got one for "
+                f"{part.name}; write {{name: one-of, {option}: ..., mixers: [...]}}"
+            )
+    return tuple(parts), turns
+
+
+def _read_labels(value: Any, where: str) -> Part:
+    parts = _parts(value, where, LABELS)
+    if len(parts) > 1:
+        raise InputError(f"expected one way to make labels in {where}, got {len(parts)}")
+    return parts[0] if parts else Part("area")
+
+
+def _parts(value: Any, where: str, known: dict[str, str]) -> list[Part]:
+    """Entries: a name, ``{name: ..., argument: ...}``, or a list of such."""
     import vitmix
 
     parts = []
@@ -189,7 +275,7 @@ def _parts(value: Any, key: str, known: dict[str, str], path: Path) -> list[Part
             continue
         if name not in known:
             raise InputError(
-                f"expected `{key}` in {path} to name one of {', '.join(known)}, "
+                f"expected {where} to name one of {', '.join(known)}, "
                 f"got {name!r}{suggest(str(name), known)}"
             )
         args = dict(entry.get("args") or {})
@@ -198,139 +284,11 @@ def _parts(value: Any, key: str, known: dict[str, str], path: Path) -> list[Part
         for option in args:
             if option not in accepted:
                 raise InputError(
-                    f"expected arguments {', '.join(sorted(accepted))} for {name} in {path}, "
+                    f"expected arguments {', '.join(sorted(accepted))} for {name} in {where}, "
                     f"got {option!r}{suggest(str(option), accepted)}"
                 )
         parts.append(Part(name, args))
     return parts
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What the default settings of the token stages depend on."""
-
-    depth: int
-    tokens: int
-    class_token: bool
-
-    @classmethod
-    def of(cls, model: nn.Module, img_size: int) -> ModelFacts:
-        """Read them off a model."""
-        import vitmix
-
-        backbone = vitmix.describe(model)
-        height, width = backbone.grid((img_size, img_size))
-        return cls(backbone.depth, height * width, backbone.class_token)
-
-
-def token_defaults(part: str, both: bool, facts: ModelFacts) -> dict[str, Any]:
-    """Published settings of a token stage, scaled to a model.
-
-    CCT-7 (7 blocks, 256 tokens): horizontal at block 2, or 3 together with vertical at block 2;
-    tau 2.0, rho 0.005; kappa 80 alone, 3 together. Models with a class token (12 blocks, 196
-    tokens): both at block 3, together at 3 and 4; tau 1.0, rho 0.01, kappa 3. Saliency sums to 1,
-    so rho goes with 1 / tokens.
-    """
-    depth, last = facts.depth, facts.depth - 1
-
-    def at(share: float) -> int:
-        return min(last, max(1, round(share * depth)))
-
-    if part == "manifold":
-        return {"block": tuple(range(min(3, depth)))}
-    if part == "vertical":
-        if facts.class_token:
-            return {"block": at(4 / 12 if both else 3 / 12), "kappa": min(3, facts.tokens)}
-        kappa = 3 if both else round(80 / 256 * facts.tokens)
-        return {"block": at(2 / 7), "kappa": min(max(1, kappa), facts.tokens)}
-    if facts.class_token:
-        return {
-            "block": at(3 / 12), "tau": 1.0, "rho": 0.01 * 196 / facts.tokens,
-            "stop_gradient": True, "scorenet_weight": 1.0,
-        }  # fmt: skip
-    return {
-        "block": at(3 / 7 if both else 2 / 7), "tau": 2.0, "rho": 0.005 * 256 / facts.tokens,
-        "stop_gradient": False, "scorenet_weight": 0.001,
-    }  # fmt: skip
-
-
-def build_mixing(
-    model: nn.Module,
-    config: TrainConfig,
-    *,
-    num_classes: int,
-    img_size: int,
-    teacher: nn.Module | None = None,
-    generator: Generator | None = None,
-) -> vitmix.MixingModel:
-    """The model with the stages of ``config.method`` around it.
-
-    Raises:
-        InputError: settings that do not fit the model or the method.
-    """
-    import vitmix
-
-    spec = parse_method(config.method)
-    mixers = []
-    for part in spec.mix:
-        args = dict(part.args)
-        if config.alpha is not None:
-            args["alpha"] = config.alpha
-        mixers.append(_make(MIXES[part.name], args))
-    mix = None if not mixers else mixers[0] if len(mixers) == 1 else vitmix.OneOf(mixers)
-    args = dict(spec.labels.args)
-    if spec.needs_teacher:
-        args["teacher"] = teacher
-    labels = _make(LABELS[spec.labels.name], args)
-    tokens = [
-        _make(TOKENS[part.name], args)
-        for part, args in _token_settings(spec, config, model, img_size)
-    ]
-    _refuse_unused(spec, config)
-    return vitmix.MixingModel(
-        model,
-        mix=mix,
-        labels=labels,
-        tokens=tokens,
-        num_classes=num_classes,
-        label_smoothing=config.smoothing,
-        generator=generator,
-    )
-
-
-def _token_settings(
-    spec: MethodSpec, config: TrainConfig, model: nn.Module, img_size: int
-) -> list[tuple[Part, dict[str, Any]]]:
-    """Arguments of each token stage: defaults, then the method file, then the command line."""
-    if not spec.tokens:
-        return []
-    facts = ModelFacts.of(model, img_size)
-    names = {part.name for part in spec.tokens}
-    both = {"horizontal", "vertical"} <= names
-    chosen = []
-    for part in spec.tokens:
-        block = config.block
-        if part.name == "vertical" and (len(names) > 1 or config.vertical_block is not None):
-            block = config.vertical_block
-        options: dict[str, dict[str, Any]] = {
-            "horizontal": {"block": block, "tau": config.tau, "rho": config.rho},
-            "vertical": {"block": block, "kappa": config.kappa},
-            "manifold": {"block": block, "alpha": config.alpha},
-        }
-        given = {key: value for key, value in options[part.name].items() if value is not None}
-        chosen.append((part, token_defaults(part.name, both, facts) | part.args | given))
-    return chosen
-
-
-def _make(class_name: str, args: dict[str, Any]) -> Any:
-    import vitmix
-
-    for name in ("tau", "rho"):
-        with suppress(KeyError, TypeError, ValueError):  # YAML takes `inf` and `1e-3` for text
-            args[name] = float(args[name])
-    if isinstance(args.get("block"), list):
-        args["block"] = tuple(args["block"])
-    return getattr(vitmix, class_name)(**args)
 
 
 def unused_options(spec: MethodSpec) -> list[str]:
@@ -338,6 +296,8 @@ def unused_options(spec: MethodSpec) -> list[str]:
     names = {part.name for part in spec.tokens}
     used = {
         "alpha": bool(spec.mix) or "manifold" in names,
+        "mixup_prob": bool(spec.mix),
+        "mixup_mode": bool(spec.mix),
         "tau": "horizontal" in names,
         "rho": "horizontal" in names,
         "kappa": "vertical" in names,
@@ -345,15 +305,3 @@ def unused_options(spec: MethodSpec) -> list[str]:
         "vertical_block": "vertical" in names,
     }
     return [option for option, known in used.items() if not known]
-
-
-def _refuse_unused(spec: MethodSpec, config: TrainConfig) -> None:
-    """An option that the method has no use for is a mistake, not something to pass over."""
-    given = [option for option in unused_options(spec) if getattr(config, option) is not None]
-    if config.teacher != "auto" and not spec.needs_teacher:
-        given.append("teacher")
-    if given:
-        raise InputError(
-            f"expected a method that uses --{given[0].replace('_', '-')}, got --method "
-            f"{config.method}; leave the option out or choose another method"
-        )

@@ -21,11 +21,12 @@ from vitmix.train.checkpoint import load_trained, make_facts, make_model
 from vitmix.train.data import ImageData, load_data
 from vitmix.train.folder import claim_folder, write_json, write_yaml
 from vitmix.train.loading import make_augment, make_loader
-from vitmix.train.methods import build_mixing, parse_method
+from vitmix.train.methods import method_name, method_of
 from vitmix.train.module import MixingTask, NonFiniteLossError
 from vitmix.train.optimiser import check_optimiser, parameter_groups
 from vitmix.train.policies import make_policy
 from vitmix.train.provenance import commit, device_name, versions
+from vitmix.train.stages import build_mixing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -84,7 +85,7 @@ def train_run(
         Interrupted: Ctrl-C; the message names the checkpoint.
     """
     check_config(config)
-    spec = parse_method(config.method)
+    spec = method_of(config)
     data = data or load_data(config)
     classes = len(data.classes)
     torch.manual_seed(config.seed)
@@ -96,7 +97,7 @@ def train_run(
     try_step(mixing, data)
     parameter_groups(mixing, config)  # refuses what the optimiser cannot do
     mixing.generator = torch.Generator().manual_seed(config.seed + 1)
-    default = default_name(data.name, config.model, Path(config.method).stem, f"seed{config.seed}")
+    default = default_name(data.name, config.model, method_name(config), f"seed{config.seed}")
     folder = claim_folder(config.out, config.name, default, config.overwrite)
     write_yaml(folder / "config.yaml", config.to_dict())
     if verbose:
@@ -134,7 +135,7 @@ def train_run(
         "best_epoch": checkpoints.best_epoch,
         "epochs": len(task.history),
         "steps": task.steps,
-        "method": config.method,
+        "method": method_name(config),
         "model": config.model,
         "data": config.data,
         "parameters": sum(p.numel() for p in mixing.model.parameters()),
@@ -205,7 +206,7 @@ def _announce(config: TrainConfig, data: ImageData, mixing: Any, folder: Path) -
         print(f"        {data.skipped} corrupt images skipped")
     millions = sum(p.numel() for p in mixing.model.parameters()) / 1e6
     print(f"model   {config.model}, {millions:.2f} M parameters, {config.precision}")
-    print(f"method  {config.method}")
+    print(f"method  {method_name(config)}")
     print(f"folder  {folder}", flush=True)
 
 
@@ -254,10 +255,7 @@ def _fill_teacher(
 ) -> None:
     """Load the plain model of ``run`` into the teacher; train one first where there is none."""
     if run is None:
-        plain = replace(
-            config, method="none", out=str(folder), name="teacher", alpha=None, tau=None, rho=None,
-            kappa=None, block=None, vertical_block=None,
-        )  # fmt: skip
+        plain = config.without_method(out=str(folder), name="teacher")
         print(f"{label}training the teacher: {config.model} without mixing", flush=True)
         run = train_run(plain, data=data, label=f"{label}teacher ", verbose=False).folder
     teacher.load_state_dict(load_trained(run).model.state_dict())
