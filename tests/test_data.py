@@ -24,7 +24,8 @@ from vitmix.train.augment import (
     random_resized_crop,
 )
 from vitmix.train.config import TrainConfig
-from vitmix.train.data import decode, load_data
+from vitmix.train.data import load_data
+from vitmix.train.decoding import DECODE_ERRORS, centred, image_size, pixels_of
 from vitmix.train.loading import Loader, make_augment, make_loader
 from vitmix.train.operations import MOVES, OPERATIONS, warp
 from vitmix.train.policies import SPACES, ColorJitter, Policy, make_policy
@@ -631,8 +632,45 @@ def test_test_images_are_resized_as_asked() -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(256, size=(9, 9, 3), dtype=np.uint8))
     for interpolation in ("bicubic", "bilinear"):
         expected = image.resize((6, 6), Image.Resampling[interpolation.upper()])
-        got = decode(image, 6, interpolation=interpolation)  # type: ignore[arg-type]
-        assert np.array_equal(got.permute(1, 2, 0).numpy(), np.asarray(expected))
+        got = centred(pixels_of(image), 6, interpolation=interpolation)  # type: ignore[arg-type]
+        difference = got.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected).astype(int)
+        assert np.abs(difference).max() <= 1
+
+
+ENCODINGS = [
+    ("JPEG", "RGB", 2), ("JPEG", "L", 2), ("JPEG", "CMYK", 4), ("PNG", "RGB", 0), ("PNG", "P", 0),
+    ("PNG", "RGBA", 0), ("PNG", "1", 0), ("WEBP", "RGB", 0), ("GIF", "P", 0), ("BMP", "RGB", 0),
+    ("TIFF", "RGB", 0), ("PPM", "RGB", 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "mode", "tolerance"), ENCODINGS)
+@pytest.mark.parametrize("source", ["bytes", "file", "picture"])
+def test_every_format_gives_the_pixels_that_pillow_gives(
+    kind: str, mode: str, tolerance: int, source: str, tmp_path: Path
+) -> None:
+    image = Image.fromarray(photograph()[0].permute(1, 2, 0).numpy()).convert(mode)
+    options = {"lossless": True} if kind == "WEBP" else {}
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    (tmp_path / "picture").write_bytes(buffer.getvalue())
+    reread = Image.open(io.BytesIO(buffer.getvalue()))
+    content = {"bytes": buffer.getvalue(), "file": tmp_path / "picture", "picture": reread}[source]
+    expected = np.asarray(reread.convert("RGB")).astype(int)
+    assert image_size(content) == (24, 20)
+    got = pixels_of(content).permute(1, 2, 0).numpy().astype(int)
+    assert np.abs(got - expected).max() <= tolerance
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
+@pytest.mark.parametrize("kept", [0, 10, 0.7])
+def test_broken_files_are_not_images(kind: str, kept: float) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(photograph((64, 64))[0].permute(1, 2, 0).numpy()).save(buffer, kind)
+    data = buffer.getvalue()
+    length = int(len(data) * kept) if isinstance(kept, float) else kept
+    with pytest.raises(DECODE_ERRORS):
+        pixels_of(data[:length])
 
 
 def test_mean_and_std_by_choice() -> None:

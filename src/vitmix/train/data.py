@@ -9,19 +9,24 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from PIL import Image
 
 from vitmix.errors import InputError
+from vitmix.train.decoding import (
+    DECODE_ERRORS,
+    CorruptImageError,
+    centred,
+    image_size,
+    pixels_of,
+)
 from vitmix.train.records import Records, Source, read_source
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vitmix.train.config import Interpolation, TrainConfig
+    from vitmix.train.config import TrainConfig
 
-__all__ = ["ImageData", "Split", "corrupt", "decode", "load_data"]
+__all__ = ["ImageData", "Split", "load_data"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -29,9 +34,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Images up to this side are decoded once and kept, if all of them fit into this many bytes.
 MEMORY_SIDE = 96
 MEMORY_BYTES = 2 << 30
-
-# What Pillow raises for a broken file: SyntaxError for PNG chunks, ValueError for empty ones.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,10 @@ def _load(config: TrainConfig) -> ImageData:
             source.name, source.classes, Split(train.labels, None, train),
             Split(test.labels, None, test), size, IMAGENET_MEAN, IMAGENET_STD, source.mirror, 0,
         )  # fmt: skip
-    read = partial(decode, size=size, interpolation=config.interpolation)
-    read_test = partial(read, crop_pct=config.crop_pct)
-    train_split, train_skipped = _decode(train, size, read, check, config.skip_corrupt)
-    test_split, test_skipped = _decode(test, size, read_test, check, config.skip_corrupt)
+    cut = partial(centred, size=size, interpolation=config.interpolation)
+    cut_test = partial(cut, crop_pct=config.crop_pct)
+    train_split, train_skipped = _decode(train, size, cut, check, config.skip_corrupt)
+    test_split, test_skipped = _decode(test, size, cut_test, check, config.skip_corrupt)
     if not len(test_split) or len(set(train_split.labels.tolist())) < 2:
         raise InputError(f"expected readable images in {config.data}, too few are left of it")
     assert train_split.images is not None
@@ -180,12 +182,10 @@ def _first_size(name: str, splits: tuple[Records, ...], skip_corrupt: bool) -> i
     for records in splits:
         for row in range(len(records)):
             try:
-                with records.open(row) as image:
-                    width, height = image.size
-                    return int(min(width, height))
+                return min(image_size(records.content(row)))
             except DECODE_ERRORS as error:  # noqa: PERF203
                 if not skip_corrupt:
-                    raise corrupt(records.describe(row)) from error
+                    raise CorruptImageError.at(records.describe(row)) from error
     raise InputError(f"expected images in {name!r}, none can be read")
 
 
@@ -194,11 +194,10 @@ def _check_headers(splits: tuple[Records, ...], check: _SizeCheck, skip_corrupt:
     for records in splits:
         for row in range(len(records)):
             try:
-                with records.open(row) as image:
-                    size = image.size
+                size = image_size(records.content(row))
             except DECODE_ERRORS as error:  # noqa: PERF203
                 if not skip_corrupt:
-                    raise corrupt(records.describe(row)) from error
+                    raise CorruptImageError.at(records.describe(row)) from error
             else:
                 check(size, records.describe(row))
 
@@ -207,69 +206,32 @@ def _by(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-class CorruptImageError(InputError):
-    """An image cannot be decoded.
-
-    An error of a loading process arrives with its traceback as message, and is made anew from it:
-    only the last line is kept.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message.strip().splitlines()[-1].rpartition("CorruptImageError: ")[2])
-
-
-def corrupt(place: str) -> CorruptImageError:
-    """The error for an image that cannot be decoded."""
-    return CorruptImageError(
-        f"expected an image, cannot decode {place}; "
-        "replace it, or pass --skip-corrupt to leave such images out"
-    )
-
-
-def decode(
-    image: Image.Image, size: int, crop_pct: float = 1.0, interpolation: Interpolation = "bicubic"
-) -> Tensor:
-    """A PIL image as ``(3, size, size)`` uint8: shorter side resized, middle cut out.
-
-    The shorter side becomes ``size / crop_pct`` pixels.
-    """
-    image = image.convert("RGB")
-    shorter = int(size / crop_pct)
-    if image.size != (size, size) or shorter != size:
-        width, height = image.size
-        scale = shorter / min(width, height)
-        resized = (max(shorter, round(width * scale)), max(shorter, round(height * scale)))
-        image = image.resize(resized, Image.Resampling[interpolation.upper()])
-        left, top = (resized[0] - size) // 2, (resized[1] - size) // 2
-        image = image.crop((left, top, left + size, top + size))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
 def _decode(
     records: Records,
     size: int,
-    read: Callable[[Image.Image], Tensor],
+    cut: Callable[[Tensor], Tensor],
     check: _SizeCheck,
     skip_corrupt: bool,
 ) -> tuple[Split, int]:
-    """All images in one tensor, and how many were skipped. Threads: Pillow releases the GIL."""
+    """All images in one tensor, and how many were skipped. Threads: decoders release the GIL."""
     images = torch.empty((len(records), 3, size, size), dtype=torch.uint8)
     readable = torch.ones(len(records), dtype=torch.bool)
 
-    def fill(row: int) -> None:
-        try:
-            with records.open(row) as image:
-                check(image.size, records.describe(row))
-                images[row] = read(image)
-        except InputError:  # a wrong size; also a ValueError
-            raise
-        except DECODE_ERRORS as error:
-            if not skip_corrupt:
-                raise corrupt(records.describe(row)) from error
-            readable[row] = False
+    def fill(rows: range) -> None:
+        for row in rows:
+            try:
+                pixels = pixels_of(records.content(row))
+            except DECODE_ERRORS as error:  # noqa: PERF203
+                if not skip_corrupt:
+                    raise CorruptImageError.at(records.describe(row)) from error
+                readable[row] = False
+            else:
+                check((pixels.shape[2], pixels.shape[1]), records.describe(row))
+                images[row] = cut(pixels)
 
+    parts = [range(start, min(start + 64, len(records))) for start in range(0, len(records), 64)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(fill, range(len(records)), chunksize=64):
+        for _ in pool.map(fill, parts):
             pass
     skipped = int((~readable).sum())
     if skipped:

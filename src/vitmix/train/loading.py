@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import InterpolationMode, v2
 
 from vitmix.train.augment import BatchAugment
-from vitmix.train.data import DECODE_ERRORS, ImageData, Split, corrupt, decode
+from vitmix.train.data import ImageData, Split
+from vitmix.train.decoding import DECODE_ERRORS, CorruptImageError, centred, pixels_of
 from vitmix.train.policies import Change, make_policy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from PIL.Image import Image
     from torch import Tensor
 
     from vitmix.train.config import TrainConfig
@@ -117,12 +117,12 @@ class DecodingDataset(Dataset[Any]):
     def __init__(
         self,
         split: Split,
-        read: Callable[[Image], Tensor],
+        cut: Callable[[Tensor], Tensor],
         crop: v2.Transform | None,
         policy: Change | None,
     ):
         assert split.records is not None
-        self.records, self.read, self.crop, self.policy = split.records, read, crop, policy
+        self.records, self.cut, self.crop, self.policy = split.records, cut, crop, policy
 
     def __len__(self) -> int:
         return len(self.records)
@@ -130,19 +130,19 @@ class DecodingDataset(Dataset[Any]):
     def __getitem__(self, draw: Draw) -> tuple[Tensor | str, int]:
         row, seed = draw
         try:
-            with self.records.open(row) as image:
-                return self._pixels(image, seed), int(self.records.labels[row])
+            pixels = pixels_of(self.records.content(row))
         except DECODE_ERRORS:
             return self.records.describe(row), -1
+        return self._changed(pixels, seed), int(self.records.labels[row])
 
-    def _pixels(self, image: Any, seed: int) -> Tensor:
+    def _changed(self, pixels: Tensor, seed: int) -> Tensor:
         if self.crop is None:
-            return self.read(image)
+            return self.cut(pixels)
         # torchvision draws from the global generator: it is seeded for this image, whichever
         # process decodes it, and put back.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            pixels: Tensor = v2.functional.pil_to_tensor(self.crop(image.convert("RGB")))
+            pixels = self.crop(pixels)
         if self.policy is not None:
             pixels = self.policy(pixels[None], torch.Generator().manual_seed(seed + 1))[0]
         return pixels
@@ -160,7 +160,7 @@ class CollateReadable:
         for pixels, label in samples:
             if isinstance(pixels, str):
                 if not self.skip:
-                    raise corrupt(pixels)
+                    raise CorruptImageError.at(pixels)
                 print(f"vitmix: skipped {pixels}: cannot be decoded", file=sys.stderr)
             else:
                 images.append(pixels)
@@ -194,10 +194,13 @@ def make_loader(data: ImageData, config: TrainConfig, *, train: bool) -> Loader:
                 steps.append(v2.RandomHorizontalFlip(flip))
             crop = v2.Compose(steps)
         policy = make_policy(config.aa, config.color_jitter, mean=data.mean) if train else None
-        read = partial(
-            decode, size=data.img_size, crop_pct=config.crop_pct, interpolation=config.interpolation
+        cut = partial(
+            centred,
+            size=data.img_size,
+            crop_pct=config.crop_pct,
+            interpolation=config.interpolation,
         )
-        dataset = DecodingDataset(split, read, crop, policy)
+        dataset = DecodingDataset(split, cut, crop, policy)
         workers = config.workers
         collate = CollateReadable(config.skip_corrupt)
     return Loader(

@@ -22,6 +22,8 @@ from vitmix.train.config import suggest
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from vitmix.train.decoding import Content
+
 __all__ = ["TORCHVISION_SETS", "Records", "Source", "read_source"]
 
 IMAGE_SUFFIXES = frozenset(
@@ -48,10 +50,10 @@ TORCHVISION_SETS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Records:
-    """Labelled images that are not decoded yet: ``open(i)`` gives a PIL image."""
+    """Labelled images that are not decoded yet."""
 
     labels: Tensor  # (N,) int64
-    open: Callable[[int], Image.Image]
+    content: Callable[[int], Content]
     describe: Callable[[int], str]
 
     def __len__(self) -> int:
@@ -63,7 +65,7 @@ class Records:
         chosen = index.tolist()
         return Records(
             self.labels[index],
-            _Chosen(self.open, chosen),
+            _Chosen(self.content, chosen),
             _Chosen(self.describe, chosen),
         )
 
@@ -307,16 +309,14 @@ class _ParquetLayout:
 
 @dataclass(frozen=True)
 class _ParquetImages:
-    """Decodes rows of an image column: ``{bytes, path}`` structs or plain bytes."""
+    """Rows of an image column: ``{bytes, path}`` structs or plain bytes."""
 
     column: Any
 
-    def __call__(self, row: int) -> Image.Image:
+    def __call__(self, row: int) -> bytes:
         value = self.column[row].as_py()
-        data = value.get("bytes") if isinstance(value, dict) else value
-        if not data:
-            raise OSError("no image bytes")
-        return Image.open(io.BytesIO(data))
+        data: bytes | None = value.get("bytes") if isinstance(value, dict) else value
+        return data or b""
 
 
 @dataclass(frozen=True)
@@ -363,15 +363,7 @@ def _class_folders(path: Path, classes: tuple[str, ...] | None) -> tuple[tuple[s
         )
     files = [file for name in names for file in found.get(name, [])]
     labels = [index for index, name in enumerate(names) for _ in found.get(name, [])]
-    return names, Records(torch.tensor(labels), _OpenFile(files), _PathOf(files))
-
-
-@dataclass(frozen=True)
-class _OpenFile:
-    files: list[Path]
-
-    def __call__(self, row: int) -> Image.Image:
-        return Image.open(self.files[row])
+    return names, Records(torch.tensor(labels), files.__getitem__, _PathOf(files))
 
 
 @dataclass(frozen=True)
