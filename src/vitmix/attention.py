@@ -67,7 +67,7 @@ class AttentionTap(TorchFunctionMode):
 
     Args:
         on_fused: takes a fused call and returns its result.
-        on_softmax: takes an attention map ``(B, H, N, M)`` after softmax.
+        on_softmax: takes an attention map ``(..., H, N, M)`` after softmax.
         paused: whether to let everything pass unseen for now.
     """
 
@@ -98,7 +98,7 @@ class AttentionTap(TorchFunctionMode):
             with self:
                 return _OPEN_ATTENTION(*args, **kwargs)
         result = func(*args, **kwargs)
-        if func in _SOFTMAX and result.ndim == 4:
+        if func in _SOFTMAX and result.ndim >= 4:
             self._on_softmax(result)
         return result
 

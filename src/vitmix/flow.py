@@ -16,14 +16,18 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 from vitmix.attention import AttentionCall, AttentionTap, read_attention, read_query_key
-from vitmix.backbones import Backbone
+from vitmix.backbones import Backbone, Block
 from vitmix.compilation import uncompiled
 from vitmix.errors import UnsupportedModelError
-from vitmix.functional.alignment import align_shares, attend_with_shares, pooled_shares
+from vitmix.functional.alignment import attend_with_shares, attended_shares, pooled_shares
+from vitmix.functional.grids import Grid, coarsen, spread
 from vitmix.functional.mixture import Mixture
+from vitmix.functional.precision import wide
+from vitmix.functional.reach import Reach
 from vitmix.functional.saliency import (
     attention_rollout,
     attention_saliency,
+    column_saliency,
     query_key_attention,
     query_key_saliency,
 )
@@ -47,6 +51,7 @@ class Flow:
         backbone: description of the model.
         mixture: sources and shares at the model's input.
         targets: ``(B, C)`` labels of the samples as mixed at the input.
+        grid: token grid at the first block.
         mixers: stages that mix samples and what each was given, by the block they act at.
         verticals: stages that extend keys and values, by block.
         follow_shares: whether shares are carried through attention.
@@ -57,7 +62,7 @@ class Flow:
         mixture: sources and shares as they are now.
         targets: ``(B, C)`` labels as the token stages have mixed them so far.
         outcomes: what each mixer decided, by block.
-        attention: ``(B, N)`` saliency of ``attention_block``.
+        attention: ``(B, N)`` saliency of ``attention_block``, on the grid of the first block.
         replay: with ``recomputes``, the hooks that wait for the backward pass.
     """
 
@@ -66,6 +71,7 @@ class Flow:
         backbone: Backbone,
         mixture: Mixture,
         targets: Tensor,
+        grid: Grid,
         *,
         mixers: dict[int, list[tuple[TokenMixer, Given]]],
         verticals: dict[int, list[VerticalTokenMixup]],
@@ -92,13 +98,18 @@ class Flow:
         self._paused = False
         self._scores: Tensor | None = None
         self._pooled: Tensor | None = None
+        self._pools = 0
         self._passed: list[int] = []
+        self._grid = grid
+        self._grids = [grid]
         # Of the block at hand:
         self._index: int | None = None
+        self._reach = Reach(grid)
         self._tokens = targets
-        self._shares_in = mixture.shares
+        self._added: Tensor | None = None
         self._saliency: Tensor | None = None
         self._appended: Tensor | None = None
+        self._attended: list[Tensor] = []
         self._attentions = 0
 
     @property
@@ -148,7 +159,7 @@ class Flow:
         """``(B, K)`` shares of what the classifier sees, after the pass; None if not followed."""
         if not self._follow:
             return None
-        if self.backbone.pooling == "attention":
+        if self._pools_by_attention:
             return self._pooled
         return self.backbone.pool_shares(self.mixture.shares, self._scores)
 
@@ -161,21 +172,48 @@ class Flow:
     def _enter(
         self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        tokens = args[0]
-        expected = self.mixture.shares.shape[:2]
-        if tokens.ndim != 3 or tokens.shape[:2] != expected:
-            raise UnsupportedModelError(
-                f"looked for tokens ({expected[0]}, {expected[1]}, D) at block {index} of "
-                f"{self.backbone.family}, found {tuple(tokens.shape)}"
-            )
+        block, given = self.backbone.blocks[index], args[0]
+        self._move_to(self.backbone.block_grid(index, self._grids[0]))
+        self._require_tokens(index, given)
         if self._recomputes:
-            tokens = self._record(index, tokens)
-        for stage, given in self._mixers.get(index, ()):
-            run = partial(_forward, args[1:], kwargs)
-            tokens = self._mix(stage, given, tokens, index, run)
+            given = self._record(index, given)
+        tokens = before = block.flatten(given)
+        for stage, draws in self._mixers.get(index, ()):
+            run = partial(_forward, block, given, args[1:], kwargs)
+            tokens = self._mix(stage, draws, tokens, index, run)
         self._index, self._tokens = index, tokens
-        self._saliency, self._appended, self._attentions = None, None, 0
-        return (tokens, *args[1:]), kwargs
+        self._reach = self.backbone.reach(index, self._grid)
+        self._added = tokens - before if block.skip_outside and tokens is not before else None
+        self._saliency, self._appended = None, None
+        self._attended, self._attentions = [], 0
+        if tokens is not before:
+            given = block.restore(tokens, given)
+        return (given, *args[1:]), kwargs
+
+    def _move_to(self, grid: Grid) -> None:
+        """Follow tokens that were merged, or left out, on the way to a coarser grid."""
+        if grid == self._grid:
+            return
+        if self._follow:
+            prefix = self.backbone.num_prefix_tokens
+            shares = coarsen(self.mixture.shares, self._grid, grid, num_prefix_tokens=prefix)
+            self.mixture = self.mixture._replace(shares=shares)
+        self._grid = grid
+        self._grids.append(grid)
+
+    def _require_tokens(self, index: int, given: Tensor) -> None:
+        layout = self.backbone.blocks[index].layout
+        batch, prefix = len(self.targets), self.backbone.num_prefix_tokens
+        rows, columns = self._grid
+        places = {"tokens": (1,), "channels_last": (1, 2), "channels_first": (2, 3)}[layout]
+        sides = (prefix + rows * columns,) if layout == "tokens" else self._grid
+        fits = given.ndim == 2 + len(places) and len(given) == batch
+        if not fits or tuple(given.shape[place] for place in places) != sides:
+            raise UnsupportedModelError(
+                f"looked for {batch} samples of {rows} x {columns} tokens behind {prefix} prefix "
+                f"tokens at block {index} of {self.backbone.family} ({layout}), found "
+                f"{tuple(given.shape)}"
+            )
 
     def _append(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Put collected tokens behind the block's own (TokenMixup, Eq. 13).
@@ -199,17 +237,34 @@ class Flow:
             return None
         return first_tokens(output, self._tokens.shape[1])
 
-    def _leave(self, index: int, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        if self._reads_attention and self._attentions != 1:
+    def _leave(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        block = self.backbone.blocks[index]
+        if self._reads_attention and self._attentions != block.attentions:
             raise UnsupportedModelError(
-                "looked for one scaled_dot_product_attention, or one softmax over (B, H, N, N), "
-                f"in block {index} of {self.backbone.family}, found {self._attentions}"
+                f"looked for {block.attentions} scaled_dot_product_attention, or softmax over "
+                f"(B, H, N, N), in block {index} of {self.backbone.family}, found "
+                f"{self._attentions}"
             )
-        if index == self._attention_block:
+        if index == self._attention_block and self._saliency is not None:
             self.attention = self._saliency
+            for old, new in zip(self._grids[-2::-1], self._grids[:0:-1], strict=True):
+                self.attention = spread(self.attention, new, old)
         self._collect(index)
+        self._move_shares(block)
         self._passed.append(index)
         self._index = None
+        return None if self._added is None else output + self._added
+
+    def _move_shares(self, block: Block) -> None:
+        """Half of what a token was, half of what it attended to (TL-Align)."""
+        if self._attended:
+            own = self._reach.own_shares(self.mixture.shares)
+            attended = torch.stack(self._attended).mean(0)
+            shares = (attended + own) / 2 if block.residual else attended
+            self.mixture = self.mixture._replace(shares=shares)
+        if self._reach.result_grid != self._grid:
+            self._grid = self._reach.result_grid
+            self._grids.append(self._grid)
 
     def _keep_scores(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._scores = output
@@ -257,16 +312,17 @@ class Flow:
 
     def _collect(self, index: int) -> None:
         """Keep the most salient tokens of a block's input for later blocks."""
-        if index >= self._last_vertical or self._saliency is None:
+        if self._saliency is None:
             return
         prefix = self.backbone.num_prefix_tokens
         for stage, parts in self._collected.items():
-            if index < stage.blocks[0]:
+            target = stage.blocks[0]
+            if index < target and self.backbone.stage(index) == self.backbone.stage(target):
                 tokens = self._tokens.detach() if stage.stop_gradient else self._tokens
                 chosen = salient_indices(self._saliency, stage.kappa, num_prefix_tokens=prefix)
                 with self._own_graph():
                     kept = take_tokens(tokens, chosen)
-                parts.append((kept, take_tokens(self._shares_in, chosen)))
+                parts.append((kept, take_tokens(self.mixture.shares, chosen)))
 
     @torch.no_grad()
     def _saliency_ahead(
@@ -279,11 +335,12 @@ class Flow:
             # Dropout in these extra passes must not shift that of the real one.
             devices = [tokens.device] if tokens.device.type == "cuda" else []
             own_draws = torch.random.fork_rng(devices, enabled=steps > 0 or self._recomputes)
+            reach = self.backbone.reach(index, self._grid)
             if steps == 0:
                 with own_draws:
-                    found = read_query_key(ahead[0], tokens, run)
-                return self._saliency_of(found, tokens.shape[1])
-            if any(isinstance(value, Tensor) for value in (*run.args[0], *run.args[1].values())):
+                    return self._saliency_of(read_query_key(ahead[0], tokens, run), reach)
+            _, _, args, kwargs = run.args
+            if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
                 raise UnsupportedModelError(
                     "looked for blocks that take tokens alone, found further tensors given to "
                     f"block {index} of {self.backbone.family}: a rollout cannot know what later "
@@ -294,35 +351,42 @@ class Flow:
                 for module in ahead:
                     tokens, attention = read_attention(module, tokens, run)
                     maps.append(attention)
-            return self._saliency_of(attention_rollout(maps)[:, None], tokens.shape[1])
+            return self._saliency_of(attention_rollout(maps)[:, None], reach)
         finally:
             self._paused = False
 
-    def _saliency_of(self, found: AttentionCall | Tensor, tokens: int) -> Tensor:
-        """Saliency of the first ``tokens`` keys from the first ``tokens`` queries."""
-        prefix = self.backbone.num_prefix_tokens
-        class_token = self.backbone.class_token
+    def _saliency_of(self, found: AttentionCall | Tensor, reach: Reach) -> Tensor:
+        """Saliency ``(B, N)`` of the tokens that went into an attention, appended ones aside."""
+        prefix, by_class_token = self.backbone.num_prefix_tokens, self.backbone.class_token
+        _, queries, keys = reach.sizes(1)
         if isinstance(found, Tensor):
-            return attention_saliency(
-                found.detach()[:, :, :tokens, :tokens],
-                num_prefix_tokens=prefix,
-                class_token=class_token,
+            found = found.detach().flatten(0, -4)[:, :, :queries, :keys]
+            weights = reach.query_weights(found.device)
+            saliency = (
+                attention_saliency(found, num_prefix_tokens=prefix, class_token=by_class_token)
+                if weights is None
+                else column_saliency(found, weights.repeat(len(self.targets), 1))
             )
-        return query_key_saliency(
-            found.query.detach()[:, :, :tokens],
-            found.key.detach(),
-            scale=found.scale,
-            attn_mask=found.attn_mask,
-            num_prefix_tokens=prefix,
-            class_token=class_token,
-        )
+        else:
+            weights = reach.query_weights(found.query.device)
+            saliency = query_key_saliency(
+                found.query.detach()[:, :, :queries],
+                found.key.detach(),
+                scale=found.scale,
+                attn_mask=found.attn_mask,
+                num_prefix_tokens=prefix,
+                class_token=by_class_token,
+                num_keys=keys,
+                query_weights=None if weights is None else weights.repeat(len(self.targets), 1),
+            )
+        return reach.image_saliency(saliency)
 
     # What the tap sees.
 
     def _on_fused(self, call: AttentionCall) -> Tensor:
         if self._index is None:
             return self._on_pooling(call)
-        self._require_square(call.query.shape[-2], call.key.shape[-2])
+        self._require_reach(call.query, call.key)
         with torch.no_grad():
             self._note(call)
         if not self._follow:
@@ -343,60 +407,77 @@ class Flow:
             scale=call.scale,
             separate=self._recomputes,
         )
-        shares = self.mixture.shares
-        moved = (attended[:, : shares.shape[1]] + shares) / 2
-        self.mixture = self.mixture._replace(shares=moved)
+        self._keep_attended(attended)
         return output
 
     def _on_softmax(self, attention: Tensor) -> None:
-        rows, columns = attention.shape[-2:]
         if self._index is None:
-            if self._follow and self.backbone.pooling == "attention" and rows == 1:
-                self._pool(attention.detach().float().mean(1))
+            if attention.shape[-2] == 1:
+                self._pool(attention)
             return
-        self._require_square(rows, columns)
+        self._require_reach(attention, attention.transpose(-2, -1))
         with torch.no_grad():
             self._note(attention)
             if self._follow:
-                shares = self.mixture.shares
-                own_rows = attention[:, :, : shares.shape[1]].float()
-                own_rows = own_rows / own_rows.sum(-1, keepdim=True)
-                moved = align_shares(shares, own_rows, key_shares=self._key_shares())
-                self.mixture = self.mixture._replace(shares=moved)
+                self._keep_attended(attended_shares(attention, self._key_shares()))
+
+    def _keep_attended(self, attended: Tensor) -> None:
+        """Keep the own tokens' rows; those of appended tokens are cut off."""
+        _, queries, _ = self._reach.sizes(1)
+        self._attended.append(self._reach.merged(attended[:, :queries]))
 
     def _note(self, found: AttentionCall | Tensor) -> None:
         """Take what is wanted from the attention of the block at hand."""
         self._attentions += 1
-        self._shares_in = self.mixture.shares
         collects = self._index is not None and self._index < self._last_vertical
         if collects or self._index == self._attention_block:
-            self._saliency = self._saliency_of(found, self._tokens.shape[1])
+            saliency = self._saliency_of(found, self._reach)
+            # Of several attentions of a block, the mean.
+            before = 0.0 if self._saliency is None else self._saliency
+            self._saliency = before + (saliency - before) / self._attentions
 
     def _key_shares(self) -> Tensor:
-        if self._appended is None:
-            return self.mixture.shares
-        return torch.cat((self.mixture.shares, self._appended), 1)
+        shares = self._reach.key_shares(self.mixture.shares)
+        return shares if self._appended is None else torch.cat((shares, self._appended), 1)
 
     def _on_pooling(self, call: AttentionCall) -> Tensor:
-        """Attention outside the blocks: the learned query that pools tokens."""
-        if self._follow and self.backbone.pooling == "attention" and call.query.shape[-2] == 1:
+        """Attention outside the blocks: a query that pools tokens."""
+        if self._pools_by_attention and call.query.shape[-2] == 1:
             with torch.no_grad():
-                attention = query_key_attention(call.query, call.key, scale=call.scale)
-                self._pool(attention.mean(1))
+                self._pool(query_key_attention(call.query, call.key, scale=call.scale))
         return call.run()
 
-    def _pool(self, weights: Tensor) -> None:
-        shares = self.mixture.shares
-        shares = shares[:, shares.shape[1] - weights.shape[-1] :]
-        self._pooled = pooled_shares(shares, weights[:, 0])
+    @property
+    def _pools_by_attention(self) -> bool:
+        return self._follow and self.backbone.pooling in ("attention", "class_attention")
 
-    def _require_square(self, queries: int, keys: int) -> None:
+    @torch.no_grad()
+    def _pool(self, attention: Tensor) -> None:
+        """Follow a query ``(B, H, 1, M)`` that pools tokens."""
+        if not self._pools_by_attention:
+            return
+        self._pools += 1
+        weights = wide(attention.detach()).mean(1)[:, 0]
+        shares = self.mixture.shares
+        if self.backbone.pooling == "class_attention":
+            # The class token begins as the mean of all, and sees itself in front of the others.
+            own = shares.mean(1) if self._pooled is None else self._pooled
+            shares = torch.cat((own[:, None], shares), 1)
+            self._pooled = (pooled_shares(shares, weights) + own) / 2
+        else:
+            shares = shares[:, shares.shape[1] - weights.shape[-1] :]
+            self._pooled = pooled_shares(shares, weights)
+
+    def _require_reach(self, query: Tensor, key: Tensor) -> None:
         extra = 0 if self._appended is None else self._appended.shape[1]
-        expected = self._tokens.shape[1] + extra
-        if (queries, keys) != (expected, expected):
+        batch, queries, keys = self._reach.sizes(len(self.targets))
+        expected = (batch, queries + extra, keys + extra)
+        found = (query.shape[:-3].numel(), query.shape[-2], key.shape[-2])
+        if found != expected:
             raise UnsupportedModelError(
-                f"looked for self-attention over all {expected} tokens at block {self._index} of "
-                f"{self.backbone.family}, found {queries} queries and {keys} keys"
+                "looked for attention of {} x {} queries to {} keys".format(*expected)
+                + f" at block {self._index} of {self.backbone.family}, found "
+                + "{} x {} to {}".format(*found)
             )
 
     def _check_passed(self) -> None:
@@ -406,21 +487,26 @@ class Flow:
                 f"{self.backbone.family} in order, found {self._passed}"
             )
         scored = self.backbone.pool_scores is None or self._scores is not None
-        pooled = self.backbone.pooling != "attention" or self._pooled is not None
+        expected = {"attention": 1, "class_attention": self.backbone.class_layers}
+        pooled = self._pools == expected.get(self.backbone.pooling, 0)
         if self._follow and not (scored and pooled):
             raise UnsupportedModelError(
                 f"looked for the {self.backbone.pooling} pooling of {self.backbone.family}, "
-                "found none in the pass"
+                f"found {self._pools} queries that pool in the pass"
             )
 
 
 def _forward(
-    args: tuple[Any, ...], kwargs: dict[str, Any], block: nn.Module, tokens: Tensor
+    block: Block,
+    like: Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    module: nn.Module,
+    tokens: Tensor,
 ) -> Tensor:
-    """Run a block as the model does, without the hooks of the block itself."""
-    output: Any = block.forward(tokens, *args, **kwargs)
-    result: Tensor = output[0] if isinstance(output, tuple) else output
-    return result
+    """Run a block on tokens ``(B, T, D)`` as the model does, without the block's own hooks."""
+    output: Any = module.forward(block.restore(tokens, like), *args, **kwargs)
+    return block.flatten(output[0] if isinstance(output, tuple) else output)
 
 
 def _require_graph() -> None:

@@ -52,6 +52,7 @@ def gradient_saliency(
             (gradient,) = torch.autograd.grad(loss, leaves)
     finally:
         handle.remove()
-    norms: Tensor = gradient.float().norm(dim=-1)[:, backbone.num_prefix_tokens :]
+    tokens = backbone.blocks[index].flatten(gradient)
+    norms: Tensor = tokens.float().norm(dim=-1)[:, backbone.num_prefix_tokens :]
     total: Tensor = norms.sum(1, keepdim=True)
     return norms / total.clamp_min(torch.finfo(norms.dtype).tiny)

@@ -161,10 +161,13 @@ class MixingModel(nn.Module):
                     "looked for attention that takes tokens without a place in the image, found "
                     f"{backbone.vertical_reason}. The model was not changed."
                 )
+            if isinstance(stage, VerticalTokenMixup):
+                _require_earlier(stage, backbone)
             if isinstance(stage, HorizontalTokenMixup):
                 _require_unattached(stage)
                 if stage.saliency == "rollout":
                     backbone.require_block("the last block of a rollout", stage.last_block)
+                    backbone.require_one_stage(stage.block, stage.last_block)
         if labels.attention_block is not None:
             backbone.require_block(f"`block` of {type(labels).__name__}", labels.attention_block)
         if labels.follows_shares and backbone.alignment_reason:
@@ -175,10 +178,14 @@ class MixingModel(nn.Module):
         if len({id(stage) for stage in tokens}) < len(tokens):
             raise InputError("expected each token stage once in `tokens`, got one twice")
         like = next(model.parameters())
-        sizes = (backbone.embed_dim, num_classes, backbone.num_prefix_tokens, backbone.class_token)
         try:
             for stage in tokens:
-                stage.attach(*sizes)
+                stage.attach(
+                    backbone.width(stage.blocks[0]),
+                    num_classes,
+                    backbone.num_prefix_tokens,
+                    backbone.class_token,
+                )
                 stage.to(device=like.device, dtype=like.dtype)
         except InputError:
             for stage in tokens:
@@ -316,9 +323,10 @@ class MixingModel(nn.Module):
             assert isinstance(stage, TokenStage)
             block = stage.draw_block(self.generator)
             if isinstance(stage, VerticalTokenMixup):
-                if stage.kappa > grid[0] * grid[1]:
+                rows, columns = self.backbone.block_grid(block, grid)
+                if stage.kappa > rows * columns:
                     raise InputError(
-                        f"expected `kappa` of VerticalTokenMixup up to the {grid[0] * grid[1]} "
+                        f"expected `kappa` of VerticalTokenMixup up to the {rows * columns} "
                         f"tokens of this input, got {stage.kappa}"
                     )
                 verticals.setdefault(block, []).append(stage)
@@ -334,6 +342,7 @@ class MixingModel(nn.Module):
             self.backbone,
             mixture,
             targets,
+            grid,
             mixers=mixers,
             verticals=verticals,
             follow_shares=self.labels.follows_shares,
@@ -384,6 +393,20 @@ def _require_kind(name: str, value: object, kinds: tuple[type, ...]) -> None:
     if not isinstance(value, kinds):
         expected = " or ".join(kind.__name__ for kind in kinds)
         raise InputError(f"expected `{name}` as {expected}, got {type(value).__name__}")
+
+
+def _require_earlier(stage: VerticalTokenMixup, backbone: Backbone) -> None:
+    target = stage.blocks[0]
+    if not any(backbone.stage(index) == backbone.stage(target) for index in range(target)):
+        first = [
+            index
+            for index in range(1, backbone.depth)
+            if backbone.stage(index) == backbone.stage(index - 1)
+        ]
+        raise InputError(
+            "expected `block` of VerticalTokenMixup with an earlier block of its own stage to "
+            f"collect tokens from ({', '.join(map(str, first))}), got {target}"
+        )
 
 
 def _require_unattached(stage: HorizontalTokenMixup) -> None:

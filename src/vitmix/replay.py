@@ -70,6 +70,7 @@ class Replay:
         self._index: int | None = None
         self._left: int | None = None
         self._own = 0
+        self._added: Tensor | None = None
         self._inside = False
 
     @property
@@ -103,12 +104,16 @@ class Replay:
             self._index = self._left = None
             return None
         self._index, self._left = index, None
-        self._own = args[0].shape[1]
-        tokens = args[0]
-        with unseen_by_checkpoint():
-            for outcome in record.outcomes:
-                tokens = outcome.mix_tokens(tokens, self._backbone.num_prefix_tokens)
-        return (tokens, *args[1:]), kwargs
+        block, given = self._backbone.blocks[index], args[0]
+        tokens = before = block.flatten(given)
+        self._own, self._added = tokens.shape[1], None
+        if record.outcomes:
+            with unseen_by_checkpoint():
+                for outcome in record.outcomes:
+                    tokens = outcome.mix_tokens(tokens, self._backbone.num_prefix_tokens)
+            given = block.restore(tokens, given)
+            self._added = tokens - before if block.skip_outside else None
+        return (given, *args[1:]), kwargs
 
     def _append(
         self, index: int, module: nn.Module, args: tuple[Any, ...]
@@ -127,8 +132,9 @@ class Replay:
         self._inside = False
         return first_tokens(output, self._own)
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         self._index, self._left = None, self._index
+        return None if self._added is None else output + self._added
 
 
 def first_tokens(output: Any, count: int) -> Any:

@@ -14,6 +14,7 @@ from vitmix.backbones import (
     cct,
     huggingface,
     timm_position,
+    timm_swin,
     timm_vit,
     torchvision_vit,
     unsupported,
@@ -24,7 +25,7 @@ from vitmix.errors import InputError, UnsupportedModelError
 
 __all__ = ["Backbone", "Block", "describe"]
 
-_FAMILIES: tuple[Family, ...] = (cct, timm_vit, timm_position, huggingface, torchvision_vit)
+_FAMILIES: tuple[Family, ...] = (cct, timm_vit, timm_position, timm_swin, huggingface, torchvision_vit)
 
 
 def describe(

@@ -11,8 +11,21 @@ from torch import Tensor, nn
 
 from vitmix.errors import InputError, UnsupportedModelError
 from vitmix.functional.alignment import pooled_shares
+from vitmix.functional.grids import Grid
+from vitmix.functional.reach import Reach
 
-__all__ = ["POOLINGS", "Backbone", "Block", "Family", "Pooling", "Reason", "is_made_by"]
+__all__ = [
+    "POOLINGS",
+    "Backbone",
+    "Block",
+    "Family",
+    "Layout",
+    "Pooling",
+    "Reason",
+    "is_made_by",
+]
+
+Layout = Literal["tokens", "channels_last", "channels_first"]
 
 Pooling = Literal[
     "class_token",
@@ -22,6 +35,7 @@ Pooling = Literal[
     "class_and_average",
     "sequence",
     "attention",
+    "class_attention",
 ]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 # Why something cannot be done, for a message that begins "... found"; None if it can.
@@ -48,18 +62,50 @@ class Family(Protocol):
 
 @dataclass(frozen=True)
 class Block:
-    """One transformer block.
+    """One attention with what belongs to it: a transformer block.
 
     Attributes:
-        module: the block; its first argument and its result are tokens ``(B, T, D)``.
+        module: the block; its first argument and its result are tokens.
         entry: the module inside whose input becomes queries, keys and values (the norm before the
             attention, or the attention itself). Works token by token up to the attention.
         attention: the attention module, whose result is one token for each of its input.
+        layout: how the block is given its tokens: ``"tokens"`` (B, T, D), ``"channels_last"``
+            (B, h, w, D) or ``"channels_first"`` (B, D, h, w).
+        stride: sides of the first block's token grid over those of this one's.
+        width: channels D of a token, or None for ``embed_dim`` of the backbone.
+        reach: which tokens attend to which, for a token grid; None if all do to all.
+        attentions: attention calls of the block, whose results are added up.
+        residual: whether the block adds what goes into the attention to what comes out.
+        skip_outside: whether that is done outside of ``module`` (which then is no more than the
+            attention branch).
     """
 
     module: nn.Module
     entry: nn.Module
     attention: nn.Module
+    layout: Layout = "tokens"
+    stride: int = 1
+    width: int | None = None
+    reach: Callable[[Grid], Reach] | None = None
+    attentions: int = 1
+    residual: bool = True
+    skip_outside: bool = False
+
+    def flatten(self, tokens: Tensor) -> Tensor:
+        """Tokens in the block's layout as ``(B, T, D)``."""
+        if self.layout == "channels_last":
+            return tokens.flatten(1, 2)
+        if self.layout == "channels_first":
+            return tokens.flatten(2).transpose(1, 2)
+        return tokens
+
+    def restore(self, flat: Tensor, like: Tensor) -> Tensor:
+        """Tokens ``(B, T, D)`` in the block's layout, with the sizes of ``like``."""
+        if self.layout == "channels_last":
+            return flat.reshape(like.shape)
+        if self.layout == "channels_first":
+            return flat.transpose(1, 2).reshape(like.shape)
+        return flat
 
 
 @dataclass(frozen=True)
@@ -69,17 +115,20 @@ class Backbone:
     Attributes:
         family: name of the family, e.g. ``"timm VisionTransformer"``.
         blocks: transformer blocks in order.
-        embed_dim: width D of a token.
+        embed_dim: width D of a token, where a block has none of its own.
         num_prefix_tokens: tokens in front that stand for no image region.
         class_token: whether the first prefix token is a class token.
         pooling: how the last tokens become the input of the classifier: the ``"class_token"``; the
             mean of class and ``"distilled"`` tokens; the ``"average"`` of image tokens or of all
             (``"average_all"``); ``"class_and_average"``: the class token beside the average of
             image tokens (DINOv2), whose shares count half each; ``"sequence"``: softmax weights
-            from ``pool_scores`` (CCT); ``"attention"``: a learned query that attends to the tokens.
-        grid: token grid ``(h, w)`` of an input of ``(height, width)`` pixels.
+            from ``pool_scores`` (CCT); ``"attention"``: a learned query that attends to the tokens;
+            ``"class_attention"``: a class token that joins behind the blocks and attends to the
+            tokens in layers of its own.
+        grid: token grid ``(h, w)`` at the first block, of an input of ``(height, width)`` pixels.
         pool_scores: for ``"sequence"``: module that gives one score ``(B, N, 1)`` a token.
         pool_prefix: for ``"attention"``: whether the query sees prefix tokens too.
+        class_layers: for ``"class_attention"``: number of those layers.
         recomputes: whether activations are recomputed in the backward pass just now.
         alignment_reason: why shares cannot be followed to the output, or None if they can.
         vertical_reason: why a block cannot attend to more tokens than its own, or None if it can.
@@ -91,9 +140,10 @@ class Backbone:
     num_prefix_tokens: int
     class_token: bool
     pooling: Pooling
-    grid: Callable[[tuple[int, int]], tuple[int, int]]
+    grid: Callable[[tuple[int, int]], Grid]
     pool_scores: nn.Module | None = None
     pool_prefix: bool = True
+    class_layers: int = 0
     recomputes: Callable[[], bool] = bool
     alignment_reason: Reason = None
     vertical_reason: Reason = None
@@ -102,6 +152,24 @@ class Backbone:
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.blocks)
+
+    def width(self, index: int) -> int:
+        """Channels of a token at a block."""
+        return self.blocks[index].width or self.embed_dim
+
+    def stage(self, index: int) -> tuple[int, int]:
+        """What blocks of one stage have in common: stride and width."""
+        return self.blocks[index].stride, self.width(index)
+
+    def block_grid(self, index: int, grid: Grid) -> Grid:
+        """Token grid at a block, for one at the first block."""
+        stride = self.blocks[index].stride
+        return -(-grid[0] // stride), -(-grid[1] // stride)
+
+    def reach(self, index: int, grid: Grid) -> Reach:
+        """Which tokens attend to which in a block, for its token grid."""
+        reach = self.blocks[index].reach
+        return Reach(grid, self.num_prefix_tokens) if reach is None else reach(grid)
 
     def require_block(self, what: str, index: int) -> None:
         """Check that a block exists; negative numbers count from the end.
@@ -113,6 +181,20 @@ class Backbone:
             raise InputError(
                 f"expected {what} from 0 to {self.depth - 1} for this {self.family} "
                 f"of {self.depth} blocks, got {index}"
+            )
+
+    def require_one_stage(self, first: int, last: int) -> None:
+        """Check that attention can be rolled out from one block to another.
+
+        Raises:
+            UnsupportedModelError: tokens are merged on the way, or attention is not global.
+        """
+        stages = {self.stage(index) for index in range(first, last + 1)}
+        if len(stages) > 1 or any(block.reach for block in self.blocks[first : last + 1]):
+            raise UnsupportedModelError(
+                f"looked for attention of all tokens to all from block {first} to {last} for a "
+                f"rollout, found windows, reduced keys or stages of different grids in "
+                f"{self.family}. Use saliency='attention'. The model was not changed."
             )
 
     def require_part_of(self, model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from vitmix.errors import InputError
 from vitmix.functional.precision import no_autocast
 from vitmix.functional.riding import MAX_WIDTH, attend, padded_width
 
-__all__ = ["align_shares", "attend_with_shares", "pooled_shares"]
+__all__ = ["align_shares", "attend_with_shares", "attended_shares", "pooled_shares"]
 
 
 def align_shares(shares: Tensor, attention: Tensor, *, key_shares: Tensor | None = None) -> Tensor:
@@ -53,6 +53,22 @@ def align_shares(shares: Tensor, attention: Tensor, *, key_shares: Tensor | None
         return (attention.detach().to(shares.dtype).mean(1) @ keys + shares) / 2
 
 
+def attended_shares(attention: Tensor, key_shares: Tensor) -> Tensor:
+    """Shares that queries get from what they attend to, over those keys that have shares.
+
+    Args:
+        attention: ``(..., H, N, M)`` after softmax, before dropout; no gradient is kept.
+        key_shares: ``(B, M, K)``; rows sum to 1, or are 0 for padding.
+
+    Returns:
+        ``(B, N, K)``, rows sum to 1.
+    """
+    heads = attention.detach().flatten(0, -4).to(key_shares.dtype).mean(1)
+    with no_autocast(key_shares):
+        attended = heads @ key_shares
+    return attended / attended.sum(-1, keepdim=True)
+
+
 def attend_with_shares(
     query: Tensor,
     key: Tensor,
@@ -75,7 +91,8 @@ def attend_with_shares(
         query: ``(B, H, N, d)``.
         key: ``(B, H, M, d)``.
         value: ``(B, H, M, e)``.
-        shares: ``(B, M, K)`` float32 shares of the keys, rows sum to 1.
+        shares: ``(B, M, K)`` float32 shares of the keys; rows sum to 1, or are 0 for padding, which
+            then does not count.
         attn_mask: as for ``torch.nn.functional.scaled_dot_product_attention``.
         dropout_p: attention dropout of the model's own output.
         is_causal: as for ``scaled_dot_product_attention``.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vitmix.errors import InputError
+from vitmix.functional.grids import overlap
 from vitmix.functional.mixture import Mixture
 from vitmix.functional.precision import no_autocast
 
@@ -97,8 +98,8 @@ class PixelPlan:
 
     def cells(self, grid: Size) -> Tensor:
         """``(B or 1, h, w)``: share of the own image in each cell of another raster, by area."""
-        rows = _overlap(self.own.shape[1], grid[0]).to(self.own)
-        columns = _overlap(self.own.shape[2], grid[1]).to(self.own)
+        rows = overlap(self.own.shape[1], grid[0]).to(self.own)
+        columns = overlap(self.own.shape[2], grid[1]).to(self.own)
         with no_autocast(self.own):
             return rows @ self.own @ columns.T
 
@@ -106,12 +107,3 @@ class PixelPlan:
 def _cells(pixels: int, cells: int, device: torch.device) -> Tensor:
     """Which cell each pixel of one axis lies in."""
     return torch.arange(pixels, device=device) * cells // pixels
-
-
-def _overlap(old: int, new: int) -> Tensor:
-    """``(new, old)``: part of each new cell of one axis in each old cell; rows sum to 1."""
-    edges_old = torch.arange(old + 1, dtype=torch.float64) / old
-    edges_new = torch.arange(new + 1, dtype=torch.float64) / new
-    upper = torch.minimum(edges_new[1:, None], edges_old[None, 1:])
-    lower = torch.maximum(edges_new[:-1, None], edges_old[None, :-1])
-    return ((upper - lower).clamp_min(0) * new).float()

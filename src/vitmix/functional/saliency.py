@@ -10,7 +10,13 @@ from torch import Tensor
 from vitmix.errors import InputError
 from vitmix.functional.precision import no_autocast, wide
 
-__all__ = ["attention_rollout", "attention_saliency", "query_key_attention", "query_key_saliency"]
+__all__ = [
+    "attention_rollout",
+    "attention_saliency",
+    "column_saliency",
+    "query_key_attention",
+    "query_key_saliency",
+]
 
 # Elements of attention held at once by the column mean: 16 MB of float32.
 _CHUNK_ELEMENTS = 1 << 22
@@ -111,6 +117,8 @@ def query_key_saliency(
     attn_mask: Tensor | None = None,
     num_prefix_tokens: int = 0,
     class_token: bool = True,
+    num_keys: int | None = None,
+    query_weights: Tensor | None = None,
 ) -> Tensor:
     """:func:`attention_saliency` from queries and keys, without the whole attention map.
 
@@ -119,18 +127,21 @@ def query_key_saliency(
 
     Args:
         query: ``(B, H, N, d)``.
-        key: ``(B, H, M, d)`` with ``M >= N``; saliency is that of the first ``N`` keys.
+        key: ``(B, H, M, d)``.
         scale: factor on the products; ``1 / sqrt(d)`` by default.
         attn_mask: bool (True = attend) or additive, broadcastable to ``(B, H, N, M)``.
         num_prefix_tokens: tokens in front that stand for no image region.
         class_token: whether the first prefix token is a class token.
+        num_keys: saliency is that of the first ``num_keys`` keys; as many as queries by default.
+        query_weights: ``(B, N)`` weights of a sum over queries instead of their mean.
 
     Returns:
-        ``(B, N - num_prefix_tokens)`` float32.
+        ``(B, num_keys - num_prefix_tokens)`` float32.
     """
     batch, heads, tokens, _ = query.shape
     by_class_token = num_prefix_tokens > 0 and class_token
     rows = slice(0, 1) if by_class_token else slice(num_prefix_tokens, tokens)
+    columns = slice(num_prefix_tokens, tokens if num_keys is None else num_keys)
     query = query[:, :, rows]
     if attn_mask is not None:
         attn_mask = attn_mask.expand(batch, heads, tokens, key.shape[2])[:, :, rows]
@@ -140,5 +151,25 @@ def query_key_saliency(
         part = slice(start, start + chunk)
         mask = None if attn_mask is None else attn_mask[part]
         attention = query_key_attention(query[part], key[part], scale=scale, attn_mask=mask)
-        parts.append(attention.mean((1, 2))[:, num_prefix_tokens:tokens])
+        weights = None if query_weights is None else query_weights[part]
+        parts.append(column_saliency(attention, weights)[:, columns])
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def column_saliency(attention: Tensor, query_weights: Tensor | None = None) -> Tensor:
+    """Attention that each key gets: the mean over queries, or their weighted sum.
+
+    Args:
+        attention: ``(B, H, N, M)`` after softmax.
+        query_weights: ``(B, N)``, or None for the mean.
+
+    Returns:
+        ``(B, M)``, float32 or wider.
+    """
+    if query_weights is None:
+        return wide(attention).mean((1, 2))
+    with no_autocast(attention):
+        rows = wide(attention).mean(1)
+        # A row that sees nothing (padding behind a mask) is no number; its weight is 0.
+        rows = torch.where(query_weights[..., None] > 0, rows, 0)
+        return (query_weights[:, None].to(rows.dtype) @ rows)[:, 0]

@@ -1,0 +1,84 @@
+"""Token grids of different sizes: shares are averaged on the way down, saliency is spread back.
+
+Where a model merges tokens or takes every other one, a token of the new grid stands for a cell of
+the old one. Both directions are products with one small matrix an axis.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitmix.functional.precision import no_autocast
+
+__all__ = ["Grid", "coarsen", "overlap", "spread"]
+
+Grid = tuple[int, int]
+
+
+def overlap(old: int, new: int) -> Tensor:
+    """``(new, old)``: part of each new cell of one axis in each old cell; rows sum to 1."""
+    edges_old = torch.arange(old + 1, dtype=torch.float64) / old
+    edges_new = torch.arange(new + 1, dtype=torch.float64) / new
+    upper = torch.minimum(edges_new[1:, None], edges_old[None, 1:])
+    lower = torch.maximum(edges_new[:-1, None], edges_old[None, :-1])
+    return ((upper - lower).clamp_min(0) * new).float()
+
+
+def coarsen(shares: Tensor, old: Grid, new: Grid, *, num_prefix_tokens: int = 0) -> Tensor:
+    """Shares on a coarser grid: the mean over the tokens that a new one stands for.
+
+    A step that divides the axis leaves whole cells, the last one cut off where an axis was padded;
+    any other size takes what its cells cover by area.
+
+    Args:
+        shares: ``(B, num_prefix_tokens + h * w, K)``, rows sum to 1.
+        old: ``(h, w)``.
+        new: ``(h', w')``.
+        num_prefix_tokens: tokens in front, which stay as they are.
+
+    Returns:
+        ``(B, num_prefix_tokens + h' * w', K)``, rows sum to 1.
+
+    Example:
+        >>> coarsen(torch.tensor([[[1.0], [0.0], [0.0], [0.0]]]), (2, 2), (1, 1))
+        tensor([[[0.2500]]])
+    """
+    prefix, image = shares[:, :num_prefix_tokens], shares[:, num_prefix_tokens:]
+    rows, columns = (_cells(*sizes).to(shares) for sizes in zip(old, new, strict=True))
+    with no_autocast(shares):
+        cells = torch.einsum("ih,jw,bhwk->bijk", rows, columns, image.reshape(len(image), *old, -1))
+    return torch.cat((prefix, cells.flatten(1, 2)), 1)
+
+
+def spread(saliency: Tensor, new: Grid, old: Grid) -> Tensor:
+    """Saliency on the finer grid that was coarsened: a cell's is divided evenly among its tokens.
+
+    Args:
+        saliency: ``(B, h' * w')``.
+        new: ``(h', w')``.
+        old: ``(h, w)``.
+
+    Returns:
+        ``(B, h * w)`` with the same sum.
+
+    Example:
+        >>> spread(torch.tensor([[1.0]]), (1, 1), (2, 2))
+        tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
+    """
+    rows, columns = (_cells(*sizes).to(saliency) for sizes in zip(old, new, strict=True))
+    with no_autocast(saliency):
+        tokens = torch.einsum("ih,jw,bij->bhw", rows, columns, saliency.view(-1, *new))
+    return tokens.flatten(1)
+
+
+def _cells(old: int, new: int) -> Tensor:
+    """``(new, old)``: weight of each old token of one axis in each new one; rows sum to 1."""
+    stride = -(-old // new)
+    if -(-old // stride) != new:
+        stride = max(1, old // new)
+        if old // stride != new:
+            return overlap(old, new)
+    cell = torch.arange(old) // stride
+    members = (cell == torch.arange(new)[:, None]).float()
+    return members / members.sum(1, keepdim=True)

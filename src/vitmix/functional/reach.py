@@ -1,0 +1,177 @@
+"""Which tokens attend to which: everywhere, within windows, or from and to coarser grids.
+
+A :class:`Reach` says where the queries and keys of an attention call come from, so that shares go
+the way that tokens go. Windows are one table of token numbers, made by cutting a grid of numbers
+as the model cuts its tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitmix.functional.grids import Grid, coarsen, spread
+
+__all__ = ["Reach", "windows"]
+
+
+@lru_cache(maxsize=256)
+def windows(
+    grid: Grid,
+    window: Grid,
+    shift: Grid = (0, 0),
+    *,
+    pad_first: bool = False,
+    dilated: bool = False,
+) -> Tensor:
+    """Cut a token grid into windows.
+
+    Args:
+        grid: rows and columns of tokens.
+        window: rows and columns of a window.
+        shift: the grid is rolled up and to the left by so many tokens.
+        pad_first: whether the grid is padded, at the bottom and the right, to a multiple of the
+            window before it is rolled; else behind.
+        dilated: a window is not a rectangle, but takes its tokens from all over the grid at equal
+            distances (grid attention of MaxViT).
+
+    Returns:
+        ``(W, M)`` int64: which token of the grid, counted row by row, is at each place of each
+        window; ``h * w`` where there is only padding.
+
+    Example:
+        >>> windows((2, 4), (2, 2))
+        tensor([[0, 1, 4, 5],
+                [2, 3, 6, 7]])
+        >>> windows((2, 4), (2, 2), dilated=True)
+        tensor([[0, 2, 4, 6],
+                [1, 3, 5, 7]])
+    """
+    height, width = grid
+    padding = height * width
+    numbers = torch.arange(padding).view(height, width)
+    margin = (0, -width % window[1], 0, -height % window[0])
+    if pad_first:
+        numbers = F.pad(numbers, margin, value=padding)
+    numbers = numbers.roll((-shift[0], -shift[1]), (0, 1))
+    if not pad_first:
+        numbers = F.pad(numbers, margin, value=padding)
+    rows, columns = numbers.shape[0] // window[0], numbers.shape[1] // window[1]
+    if dilated:
+        cut = numbers.view(window[0], rows, window[1], columns).permute(1, 3, 0, 2)
+    else:
+        cut = numbers.view(rows, window[0], columns, window[1]).permute(0, 2, 1, 3)
+    return cut.reshape(-1, window[0] * window[1])
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Which tokens the queries of one attention see.
+
+    Attributes:
+        grid: token grid that goes in.
+        num_prefix_tokens: tokens in front of it; none with windows.
+        windows: ``(W, M)`` as :func:`windows` gives it: attention stays within each, and windows
+            follow one another in the batch; None if it does not.
+        keys: coarser grid that keys are reduced to, or None.
+        queries: coarser grid that queries are reduced to, and with them what comes out, or None.
+    """
+
+    grid: Grid
+    num_prefix_tokens: int = 0
+    windows: Tensor | None = None
+    keys: Grid | None = None
+    queries: Grid | None = None
+
+    @property
+    def is_global(self) -> bool:
+        """Whether all tokens attend to all tokens."""
+        return self.windows is None and self.keys is None and self.queries is None
+
+    @property
+    def result_grid(self) -> Grid:
+        """Token grid that comes out."""
+        return self.queries or self.grid
+
+    def sizes(self, batch: int) -> tuple[int, int, int]:
+        """Batch, queries and keys of the attention call for a batch of images."""
+        if self.windows is not None:
+            return batch * self.windows.shape[0], self.windows.shape[1], self.windows.shape[1]
+        queries, keys = (rows * columns for rows, columns in (self.result_grid, self._key_grid))
+        return batch, self.num_prefix_tokens + queries, self.num_prefix_tokens + keys
+
+    @property
+    def _key_grid(self) -> Grid:
+        return self.keys or self.grid
+
+    def key_shares(self, shares: Tensor) -> Tensor:
+        """Shares of what queries attend to.
+
+        Args:
+            shares: ``(B, T, K)`` of the tokens that go in.
+
+        Returns:
+            ``(B', M, K)`` for the batch of the attention call. Padding has no share.
+        """
+        if self.windows is not None:
+            index = self.windows.to(shares.device)
+            return F.pad(shares, (0, 0, 0, 1))[:, index].flatten(0, 1)
+        if self.keys is None:
+            return shares
+        return self._coarsened(shares, self.keys)
+
+    def own_shares(self, shares: Tensor) -> Tensor:
+        """Shares that the residual connection carries past the attention, ``(B, T', K)``."""
+        return shares if self.queries is None else self._coarsened(shares, self.queries)
+
+    def merged(self, attended: Tensor) -> Tensor:
+        """From the batch of the attention call back to tokens.
+
+        Args:
+            attended: ``(B', N, K)``.
+
+        Returns:
+            ``(B, T', K)``.
+        """
+        if self.windows is None:
+            return attended
+        count, places = self.windows.shape
+        tokens = attended.reshape(-1, count * places, attended.shape[-1])
+        return tokens[:, _places(self.windows, self.grid, count * places).to(tokens.device)]
+
+    def query_weights(self, device: torch.device) -> Tensor | None:
+        """``(W, M)`` weight of each query in an image's mean over queries; None if all are alike.
+
+        Queries of one window are 1 / (h w) each, padding does not count.
+        """
+        if self.windows is None:
+            return None
+        total = self.grid[0] * self.grid[1]
+        return (self.windows < total).to(device, torch.float32) / total
+
+    def image_saliency(self, saliency: Tensor) -> Tensor:
+        """Saliency of keys as saliency of the tokens that went in.
+
+        Args:
+            saliency: ``(B', M)`` of keys, prefix tokens aside.
+
+        Returns:
+            ``(B, N)``: that of a reduced key is divided evenly among the tokens it stands for.
+        """
+        if self.windows is not None:
+            return self.merged(saliency[..., None])[..., 0]
+        return saliency if self.keys is None else spread(saliency, self.keys, self.grid)
+
+    def _coarsened(self, shares: Tensor, grid: Grid) -> Tensor:
+        return coarsen(shares, self.grid, grid, num_prefix_tokens=self.num_prefix_tokens)
+
+
+def _places(table: Tensor, grid: Grid, count: int) -> Tensor:
+    """Where in the row of all windows each token of the grid is."""
+    places = torch.empty(grid[0] * grid[1] + 1, dtype=torch.int64)
+    places[table.flatten()] = torch.arange(count)
+    return places[:-1]
