@@ -7,12 +7,14 @@ that write down what passes, and ``nn.MultiheadAttention`` is asked for its weig
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import vitmix
 
@@ -26,15 +28,17 @@ class CallRecorder:
     def __init__(self, mixing: vitmix.MixingModel, patch: pytest.MonkeyPatch) -> None:
         self.attention: dict[int, torch.Tensor] = {}
         self.pool: torch.Tensor | None = None
+        self.rows: list[torch.Tensor] = []
         self.scores: torch.Tensor | None = None
         self._index: int | None = None
         self._inside = False
         self._calls: dict[int, tuple[Any, ...]] = {}
         self._multihead: dict[int, tuple[nn.MultiheadAttention, torch.Tensor]] = {}
         self._handles: list[Any] = []
-        self._fused, self._softmax = F.scaled_dot_product_attention, torch.Tensor.softmax
+        self._fused = F.scaled_dot_product_attention
         patch.setattr(F, "scaled_dot_product_attention", self._on_fused)
-        patch.setattr(torch.Tensor, "softmax", lambda *a, **o: self._on_softmax(*a, **o))
+        self._softmaxes = _Softmaxes(self._on_softmax)
+        self._softmaxes.__enter__()
         for index, block in enumerate(mixing.backbone.blocks):
             inner = block.attention
             self._handles += [
@@ -50,6 +54,7 @@ class CallRecorder:
                     )
 
     def close(self) -> None:
+        self._softmaxes.__exit__(None, None, None)
         for handle in self._handles:
             handle.remove()
         for index, (query, key, mask, scale) in self._calls.items():
@@ -69,17 +74,32 @@ class CallRecorder:
         if self._index is not None:
             self._calls[self._index] = call
         elif query.shape[-2] == 1:
-            self.pool = explicit(*call).mean(1)[:, 0]
+            self.rows.append(explicit(*call))
+            self.pool = self.rows[-1].mean(1)[:, 0]
         self._inside = True
         try:
             return self._fused(query, key, value, **options)
         finally:
             self._inside = False
 
-    def _on_softmax(self, scores: Any, *args: Any, **options: Any) -> Any:
-        result = self._softmax(scores, *args, **options)
-        if self._index is not None and result.ndim == 4:
+    def _on_softmax(self, result: torch.Tensor) -> None:
+        if self._index is not None and result.ndim >= 4:
             self.attention[self._index] = result.detach()
+        elif self._index is None and result.ndim == 4 and result.shape[2] == 1:
+            self.rows.append(result.detach())
+
+
+class _Softmaxes(TorchFunctionMode):
+    """Shows every softmax, by whichever of its names it is called."""
+
+    def __init__(self, see: Callable[[torch.Tensor], None]) -> None:
+        super().__init__()
+        self._see = see
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") == "softmax":
+            self._see(result)
         return result
 
 

@@ -334,7 +334,7 @@ class Flow:
             ahead = [block.module for block in self.backbone.blocks[index : index + steps + 1]]
             # Dropout in these extra passes must not shift that of the real one.
             devices = [tokens.device] if tokens.device.type == "cuda" else []
-            own_draws = torch.random.fork_rng(devices, enabled=steps > 0 or self._recomputes)
+            own_draws = torch.random.fork_rng(devices)
             reach = self.backbone.reach(index, self._grid)
             if steps == 0:
                 with own_draws:

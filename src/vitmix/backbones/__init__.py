@@ -25,7 +25,14 @@ from vitmix.errors import InputError, UnsupportedModelError
 
 __all__ = ["Backbone", "Block", "describe"]
 
-_FAMILIES: tuple[Family, ...] = (cct, timm_vit, timm_position, timm_swin, huggingface, torchvision_vit)
+_FAMILIES: tuple[Family, ...] = (
+    cct,
+    timm_vit,
+    timm_position,
+    timm_swin,
+    huggingface,
+    torchvision_vit,
+)
 
 
 def describe(

@@ -1,0 +1,68 @@
+"""Small models whose tokens are merged between stages, or attend within windows.
+
+To add a family: a function that makes a small model for ``NUM_CLASSES`` classes, and an entry in
+``STAGED``. All tests of ``test_staged.py`` then run on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from models import NUM_CLASSES
+
+SIDE = 64
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A family with what its tests need to know.
+
+    Attributes:
+        make: makes the model for images of ``side`` pixels.
+        block: a block in the middle that horizontal mixing acts at.
+        vertical: a block that vertical mixing may act at, or None if it is refused.
+        side: side of the images in pixels.
+    """
+
+    make: Callable[[], Any]
+    block: int = 3
+    vertical: int | None = None
+    side: int = SIDE
+
+
+def make_swin(name: str, side: int = SIDE, window: int = 4, **options: Any) -> nn.Module:
+    import timm
+
+    arguments = {"depths": (2, 2, 2), "num_heads": (1, 2, 4), "embed_dim": 16, **options}
+    return timm.create_model(
+        name,
+        num_classes=NUM_CLASSES,
+        img_size=side,
+        window_size=window,
+        drop_path_rate=0.0,
+        **arguments,
+    )
+
+
+STAGED: dict[str, Staged] = {
+    "swin": Staged(partial(make_swin, "swin_tiny_patch4_window7_224")),
+    # 18, 9 and 5 tokens a side: windows and merging with padding.
+    "swin-padded": Staged(
+        partial(make_swin, "swin_tiny_patch4_window7_224", 72, always_partition=True), side=72
+    ),
+    "swin-v2": Staged(partial(make_swin, "swinv2_tiny_window8_256")),
+    "swin-v2-cr": Staged(partial(make_swin, "swinv2_cr_tiny_224")),
+}
+
+
+def images_for(family: str, size: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    side = STAGED[family].side
+    images = torch.randn(size, 3, side, side, generator=generator)
+    return images, torch.randint(NUM_CLASSES, (size,), generator=generator)
