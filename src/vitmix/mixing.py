@@ -331,7 +331,8 @@ class MixingModel(nn.Module):
                     )
                 verticals.setdefault(block, []).append(stage)
             elif isinstance(stage, TokenMixer):
-                given = stage.draw(len(fed), grid[0] * grid[1], self.generator)
+                rows, columns = self.backbone.block_grid(block, grid)
+                given = stage.draw(len(fed), rows * columns, self.generator)
                 if given is None:
                     continue
                 if getattr(stage, "saliency", None) == "gradient":
