@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -161,6 +163,134 @@ def test_parquet_without_metadata_takes_values_as_names(tmp_path: Path) -> None:
     assert data.classes == ("cat", "dog")
     assert data.train.labels.tolist() == [1, 0, 1, 0]
     assert data.test.labels.tolist() == [0, 1]
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Local files only, and nothing written into the user's cache."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+def hub_set(labels: list[int], first: int = 0) -> Any:
+    import datasets
+
+    features = datasets.Features(
+        {"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["ant", "bee"])}
+    )
+    images = [picture(first + 10 * row) for row in range(len(labels))]
+    return datasets.Dataset.from_dict({"picture": images, "kind": labels}, features=features)
+
+
+def saved(root: Path) -> str:
+    import datasets
+
+    parts = {
+        "train": hub_set([1, 0, 1, 0]),
+        "validation": hub_set([0], 90),
+        "test": hub_set([0, 1]),
+    }
+    datasets.DatasetDict(parts).save_to_disk(root / "set")
+    return str(root / "set")
+
+
+def parquet_files(root: Path) -> str:
+    for name, part in (("train", hub_set([1, 0, 1, 0])), ("test", hub_set([0, 1]))):
+        (root / "set").mkdir(exist_ok=True)
+        part.to_parquet(root / "set" / f"{name}-00000-of-00001.parquet")
+    return str(root / "set")
+
+
+def image_folder(root: Path) -> str:
+    for name, rows in (("train", 2), ("test", 1)):
+        class_folders(root / "set" / name, {"ant": rows, "bee": rows})
+    return str(root / "set")
+
+
+def one_file(root: Path) -> str:
+    hub_set([0, 1] * 5).to_parquet(root / "all.parquet")
+    return str(root / "all.parquet")
+
+
+@pytest.mark.parametrize(
+    ("make", "train", "test"),
+    [
+        (saved, [1, 0, 1, 0], [0, 1]), (parquet_files, [1, 0, 1, 0], [0, 1]),
+        (image_folder, [0, 1, 0, 1], [0, 1]), (one_file, [0, 1] * 4, [0, 1]),
+    ],
+)  # fmt: skip
+def test_datasets_library_reads(  # type: ignore[no-untyped-def]
+    tmp_path: Path, hub_cache: None, make, train: list[int], test: list[int]
+) -> None:
+    data = load_data(TrainConfig(data=f"hf:{make(tmp_path)}"))
+    assert data.classes == ("ant", "bee")
+    assert sorted(data.train.labels.tolist()) == sorted(train)
+    assert sorted(data.test.labels.tolist()) == test
+    assert data.train.images is not None
+    if make is saved:
+        assert data.train.images[:, 0, 0, 0].tolist() == [0, 10, 20, 30]
+
+
+def test_hub_names_that_do_not_load(
+    tmp_path: Path, hub_cache: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("nobody/nothing", "nobody/nothing:small", str(tmp_path)):
+        with pytest.raises(InputError, match="datasets library loads as"):
+            load_data(TrainConfig(data=f"hf:{name}"))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=r"pip install 'vitmix\[hf\]'"):
+        load_data(TrainConfig(data="hf:cifar10"))
+
+
+def named_folders(root: Path) -> str:
+    class_folders(root / "set" / "train", {"a": 10, "b": 10})
+    class_folders(root / "set" / "test", {"a": 2, "b": 1})
+    class_folders(root / "set" / "val", {"a": 1, "b": 1})
+    return str(root / "set")
+
+
+def named_parquet(root: Path) -> str:
+    for name, labels in (("train", [0, 1] * 10), ("test", [0, 1, 0]), ("val", [0, 1])):
+        parquet(root / "set" / f"{name}.parquet", list(labels), ["a", "b"])
+    return str(root / "set")
+
+
+def named_hub(root: Path) -> str:
+    import datasets
+
+    parts = {"train": hub_set([0, 1] * 10), "test": hub_set([0, 1, 0]), "val": hub_set([0, 1])}
+    datasets.DatasetDict(parts).save_to_disk(root / "set")
+    return f"hf:{root / 'set'}"
+
+
+@pytest.mark.parametrize("make", [named_folders, named_parquet, named_hub])
+def test_what_to_test_on_is_an_option(tmp_path: Path, hub_cache: None, make) -> None:  # type: ignore[no-untyped-def]
+    place = make(tmp_path)
+    counts = {}
+    for options in ({}, {"test_split": "val"}, {"val_share": 0.1}):
+        data = load_data(TrainConfig(data=place, **options))  # type: ignore[arg-type]
+        counts[next(iter(options), "")] = (len(data.train), len(data.test))
+    assert counts == {"": (20, 3), "test_split": (20, 2), "val_share": (18, 2)}
+    with pytest.raises(InputError, match=r"--test-split to be one of .*; did you mean 'test'"):
+        load_data(TrainConfig(data=place, test_split="tset"))
+
+
+def test_held_out_images_are_not_trained_on(tmp_path: Path) -> None:
+    data = load_data(TrainConfig(data=named_parquet(tmp_path), val_share=0.2))
+    assert data.train.images is not None
+    assert data.test.images is not None
+    kept = {image.numpy().tobytes() for image in data.train.images}
+    held = {image.numpy().tobytes() for image in data.test.images}
+    assert len(kept | held) == 20
+    assert not kept & held
+
+
+def test_fixed_test_images_cannot_be_chosen() -> None:
+    for data in ("digits", "fake", "cifar10"):
+        with pytest.raises(InputError, match=f"got it with {data}"):
+            load_data(TrainConfig(data=data, test_split="val"))
 
 
 def test_resizing_brings_all_images_to_one_size(tmp_path: Path) -> None:

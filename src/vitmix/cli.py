@@ -137,6 +137,7 @@ def _train(options: Any) -> None:
 def _configure_evaluate(parser: Parser) -> None:
     parser.add("run", str, None, "run folder (its last.ckpt) or a checkpoint file")
     parser.add("--data", str | None, None, "data set to test on (default: that of the training)")
+    parser.add("--test-split", str | None, None, "split to test on (default: as in training)")
     parser.add("--model", str | None, None, "refuse a checkpoint that is not of this model")
     parser.add("--batch-size", int | None, None, "images at a time")
     parser.add("--precision", str | None, None, "fp32, bf16 or fp16 (default: as trained)")

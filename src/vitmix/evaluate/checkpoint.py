@@ -72,6 +72,7 @@ def evaluate_checkpoint(
     run: str,
     *,
     data: str | None = None,
+    test_split: str | None = None,
     model: str | None = None,
     batch_size: int | None = None,
     precision: str | None = None,
@@ -83,6 +84,7 @@ def evaluate_checkpoint(
     Args:
         run: run folder or checkpoint file.
         data: data set; by default the one that the model was trained on.
+        test_split: split of the data to test on; by default as in training.
         model: the model that it must be.
         batch_size: images at a time.
         precision: ``fp32``, ``bf16`` or ``fp16``; by default as trained.
@@ -101,6 +103,8 @@ def evaluate_checkpoint(
     config = trained.config
     if data is not None:
         config.data = data
+    if test_split is not None:
+        config.test_split, config.val_share = test_split, None
     config.img_size = trained.img_size
     config.batch_size = batch_size or config.batch_size
     images = load_data(config)

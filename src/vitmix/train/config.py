@@ -51,17 +51,24 @@ class TrainConfig:
         "Data",
         "digits",
         "digits (comes with scikit-learn), a folder of class folders, a folder of Parquet files in "
-        "the Hugging Face image layout, a torchvision data set such as cifar10, or fake (random "
-        "images; fake:10x32x640 for 10 classes, side 32 and 640 training images)",
+        "the Hugging Face image layout, a torchvision data set such as cifar10, hf:NAME for what "
+        "the datasets library loads (hub name, NAME:CONFIGURATION, folder or file), or fake "
+        "(random images; fake:10x32x640 for 10 classes, side 32 and 640 training images)",
     )
     data_root: str = option("Data", "data", "where torchvision's data sets are stored")
     download: bool = option("Data", False, "let torchvision fetch a data set that is not there yet")
     label_column: str | None = option(
-        "Data", None, "label column of Parquet files (default: the first ClassLabel)"
+        "Data", None, "label column of Parquet files or hf:... (default: the first ClassLabel)"
     )
     train_limit: int | None = option("Data", None, "use only the first N training rows")
+    test_split: str | None = option(
+        "Data", None, "split to test on, such as validation (default: test, or what there is)"
+    )
     test_share: float = option(
-        "Data", 0.2, "share of a folder that has no test images of its own to test on"
+        "Data", 0.2, "share of a data set that has no test images of its own to test on"
+    )
+    val_share: float | None = option(
+        "Data", None, "hold out this share of the training images and test on it instead"
     )
     skip_corrupt: bool = option("Data", False, "skip and count images that cannot be decoded")
     img_size: int | None = option(
@@ -257,8 +264,13 @@ class TrainConfig:
             if value is not None and not 0 < value <= 1:
                 raise InputError(f"expected {_dashed(name)} to be above 0 and up to 1, got {value}")
         self._check_lists()
-        if self.test_share == 0:
-            raise InputError("expected --test-share to be greater than 0, got 0")
+        for name in ("test_share", "val_share"):
+            if getattr(self, name) == 0:
+                raise InputError(f"expected {_dashed(name)} to be greater than 0, got 0")
+        if self.val_share is not None and self.test_split is not None:
+            raise InputError(
+                "expected either --val-share or --test-split to say what to test on, got both"
+            )
         for name in ("tau", "rho"):
             self._validate_threshold(name)
         if self.name is not None and Path(self.name).name != self.name:

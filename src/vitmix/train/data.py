@@ -80,8 +80,11 @@ def _load(config: TrainConfig) -> ImageData:
         root=config.data_root,
         download=config.download,
         label_column=config.label_column,
+        test_split=config.test_split,
     )
-    train, test = _split(source, config.test_share)
+    if config.val_share is not None:
+        source = replace(source, test=None)
+    train, test = _split(source, config.val_share or config.test_share)
     if config.train_limit is not None:
         train = train.select(range(min(config.train_limit, len(train))))
     _check_classes(source, train)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import gzip
 import importlib.resources
 import io
-import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
     from vitmix.train.decoding import Content
 
-__all__ = ["TORCHVISION_SETS", "Records", "Source", "read_source"]
+__all__ = ["TORCHVISION_SETS", "Records", "Source", "choose_splits", "first_line", "read_source"]
 
 IMAGE_SUFFIXES = frozenset(
     (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -94,34 +93,88 @@ class Source:
 
 
 def read_source(
-    data: str, *, root: str, download: bool = False, label_column: str | None = None
+    data: str,
+    *,
+    root: str,
+    download: bool = False,
+    label_column: str | None = None,
+    test_split: str | None = None,
 ) -> Source:
     """Find the data set of this name, or read the folder at this path.
+
+    Args:
+        data: ``digits``, ``fake``, a torchvision name, a folder, or ``hf:`` and what the datasets
+            library loads.
+        root: where torchvision keeps its data sets.
+        download: let torchvision fetch one.
+        label_column: column of the labels, where there are columns.
+        test_split: split to test on, where there are several.
 
     Raises:
         InputError: nothing there, no images, one class, or labels out of range.
     """
+    if data.startswith("hf:"):
+        from vitmix.train.tables import read_hub
+
+        return read_hub(data.removeprefix("hf:"), label_column, test_split)
+    path = Path(data).expanduser()
     name = data.removeprefix("torchvision:").lower()
-    if data.lower() == "digits":
+    if path.is_dir() and name != "digits":
+        for folder in (path, path / "data"):
+            files = sorted(folder.glob("*.parquet")) if folder.is_dir() else []
+            if files:
+                from vitmix.train.tables import read_parquet
+
+                return read_parquet(path.name, files, label_column, test_split)
+        return _read_folder(path, test_split)
+    if test_split is not None:
+        raise InputError(
+            f"expected --test-split with a folder, Parquet files or hf:..., got it with {data}, "
+            "whose test images are fixed; leave it out"
+        )
+    if name == "digits":
         return _read_digits()
     if data.split(":")[0] == "fake":
         return _make_fake(data)
-    if name in TORCHVISION_SETS and not Path(data).is_dir():
+    if name in TORCHVISION_SETS:
         return _read_torchvision(name, Path(root), download)
-    path = Path(data).expanduser()
-    if data.startswith("torchvision:") or not path.exists():
-        known = ("digits", "fake", *TORCHVISION_SETS)
-        raise InputError(
-            f"expected --data to be an existing folder or one of {', '.join(known)}; "
-            f"there is no {data!r}{suggest(name, known)}"
-        )
-    if not path.is_dir():
+    if path.is_file():
         raise InputError(f"expected --data to be a folder, got the file {path}; give its folder")
-    for folder in (path, path / "data"):
-        files = sorted(folder.glob("*.parquet")) if folder.is_dir() else []
-        if files:
-            return _read_parquet(path.name, files, label_column)
-    return _read_folder(path)
+    known = ("digits", "fake", *TORCHVISION_SETS)
+    raise InputError(
+        f"expected --data to be an existing folder, hf:NAME or one of {', '.join(known)}; "
+        f"there is no {data!r}{suggest(name, known)}"
+    )
+
+
+def choose_splits(
+    names: Iterable[str], test_split: str | None, place: str
+) -> tuple[list[str], str | None]:
+    """Which of these splits to train on, and which one to test on.
+
+    Raises:
+        InputError: no split of that name, or none left to train on.
+
+    >>> choose_splits(["test", "train", "validation"], None, "here")
+    (['train'], 'test')
+    >>> choose_splits(["train", "validation"], None, "here")
+    (['train'], 'validation')
+    """
+    names = sorted(names)
+    if test_split is not None and test_split not in names:
+        raise InputError(
+            f"expected --test-split to be one of {', '.join(names)} in {place}, "
+            f"got {test_split!r}{suggest(test_split, names)}"
+        )
+    test = test_split or next((name for name in TEST_NAMES if name in names), None)
+    others = [name for name in names if name != test and name not in TEST_NAMES]
+    train = ["train"] if "train" in others else others
+    if not train:
+        raise InputError(
+            f"expected a split named train in {place}, got only {', '.join(names)}; "
+            "rename the one to train on"
+        )
+    return train, test
 
 
 def _read_digits() -> Source:
@@ -194,7 +247,7 @@ def _read_torchvision(name: str, root: Path, download: bool) -> Source:
             return factory(str(root), download=download, **arguments)
         except OSError as error:
             raise InputError(
-                f"expected to fetch {class_name} into {root}, failed: {_first_line(error)}; "
+                f"expected to fetch {class_name} into {root}, failed: {first_line(error)}; "
                 "check the network and the folder"
             ) from error
         except RuntimeError as error:
@@ -228,114 +281,19 @@ def _torchvision_records(dataset: Any) -> Records:
     )
 
 
-def _read_parquet(name: str, files: list[Path], label_column: str | None) -> Source:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    def group(prefixes: Sequence[str]) -> list[Path]:
-        return [file for file in files if file.name.lower().startswith(tuple(prefixes))]
-
-    test_files = group(TEST_NAMES)
-    train_files = group(("train",)) or [file for file in files if file not in test_files]
-    if not train_files:
-        raise InputError(
-            f"expected train-*.parquet in {files[0].parent}, "
-            f"got only {', '.join(file.name for file in files[:3])}"
-        )
-
-    def read(paths: list[Path]) -> Any:
-        try:
-            return pa.concat_tables([pq.read_table(path) for path in paths])
-        except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(f"expected Parquet in {paths[0]}: {_first_line(error)}") from error
-
-    train = read(train_files)
-    layout = _ParquetLayout.of(train.schema, label_column, train_files[0])
-    classes, train_records = layout.records(train, train_files[0], None)
-    test_records = None
-    if test_files:
-        _, test_records = layout.records(read(test_files), test_files[0], classes)
-    return Source(name, classes, train_records, test_records)
-
-
-@dataclass(frozen=True)
-class _ParquetLayout:
-    """Which columns hold the images and the labels, and the names of the classes."""
-
-    image: str
-    label: str
-    names: tuple[str, ...] | None
-
-    @classmethod
-    def of(cls, schema: Any, label_column: str | None, path: Path) -> _ParquetLayout:
-        metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        features = metadata.get("info", {}).get("features", {})
-        images = [key for key, value in features.items() if value.get("_type") == "Image"]
-        if not images:
-            images = [key for key in ("image", "img") if key in schema.names]
-        if not images:
-            raise InputError(
-                f"expected an image column in {path}, got columns {', '.join(schema.names)}"
-            )
-        labels = [key for key, value in features.items() if value.get("_type") == "ClassLabel"]
-        label = label_column or (labels[0] if labels else "label")
-        if label not in schema.names:
-            known = labels or schema.names
-            raise InputError(
-                f"expected --label-column to be one of {', '.join(known)} in {path}, "
-                f"got {label!r}{suggest(label, known)}"
-            )
-        names = features.get(label, {}).get("names")
-        return cls(images[0], label, tuple(names) if names else None)
-
-    def records(
-        self, table: Any, path: Path, classes: tuple[str, ...] | None
-    ) -> tuple[tuple[str, ...], Records]:
-        column = table[self.label].to_pylist()
-        names = self.names or classes or tuple(str(value) for value in sorted(set(column)))
-        if self.names is None:  # values are the names themselves
-            position = {entry: index for index, entry in enumerate(names)}
-            column = [position.get(str(value), -1) for value in column]
-        labels = torch.tensor([-1 if value is None else int(value) for value in column])
-        wrong = ((labels < 0) | (labels >= len(names))).nonzero().flatten()
-        if len(wrong):
-            row = int(wrong[0])
-            raise InputError(
-                f"expected labels from 0 to {len(names) - 1} in column {self.label!r} of {path}, "
-                f"got {table[self.label][row].as_py()!r} in row {row}; correct the file"
-            )
-        return names, Records(labels, _ParquetImages(table[self.image]), _RowOf(str(path)))
-
-
-@dataclass(frozen=True)
-class _ParquetImages:
-    """Rows of an image column: ``{bytes, path}`` structs or plain bytes."""
-
-    column: Any
-
-    def __call__(self, row: int) -> bytes:
-        value = self.column[row].as_py()
-        data: bytes | None = value.get("bytes") if isinstance(value, dict) else value
-        return data or b""
-
-
-@dataclass(frozen=True)
-class _RowOf:
-    path: str
-
-    def __call__(self, row: int) -> str:
-        return f"row {row} of {self.path}"
-
-
-def _read_folder(path: Path) -> Source:
+def _read_folder(path: Path, test_split: str | None) -> Source:
     split = {entry.name.lower(): entry for entry in path.iterdir() if entry.is_dir()}
-    test_folder = next((split[name] for name in TEST_NAMES if name in split), None)
-    if "train" in split:
-        classes, train = _class_folders(split["train"], None)
-        test = None if test_folder is None else _class_folders(test_folder, classes)[1]
-    else:
+    if "train" not in split:
+        if test_split is not None:
+            raise InputError(
+                f"expected folders train and {test_split} in {path} for --test-split, "
+                "found no train; leave the option out to hold some images out"
+            )
         classes, train = _class_folders(path, None)
-        test = None
+        return Source(path.name, classes, train, None, ordered=True)
+    _, test_name = choose_splits(split, test_split, str(path))
+    classes, train = _class_folders(split["train"], None)
+    test = None if test_name is None else _class_folders(split[test_name], classes)[1]
     return Source(path.name, classes, train, test, ordered=True)
 
 
@@ -374,5 +332,6 @@ class _PathOf:
         return str(self.files[row])
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What is shown of another library's error."""
     return (str(error).splitlines() or [type(error).__name__])[0]
