@@ -20,6 +20,7 @@ from vitmix.functional.targets import smooth_targets, soft_cross_entropy
 from vitmix.gradient import gradient_saliency, logits_of
 from vitmix.labels import AreaLabels, LabelEvidence, LabelRule
 from vitmix.pixels import PixelMix
+from vitmix.processes import gather, process_rank, require_equal_batches, world_size
 from vitmix.replay import Replay
 from vitmix.tokens import (
     BlendPlan,
@@ -41,7 +42,9 @@ class MixTrace:
     Attributes:
         images: ``(B, C, H, W)`` as fed to the model.
         pixels: plan of the pixel stage, or None.
-        sources: ``(B, K)`` int64, samples of the batch in each target; None in evaluation.
+        sources: ``(B, K)`` int64, samples of the batch in each target; None in evaluation. With
+            ``gather=True`` they count over the batches of all processes, and so do partners in
+            ``horizontal``.
         weights: ``(B, K)`` weight of each source's label by the label rule, or None. For rules that
             don't follow shares, token stages mix the targets afterwards.
         horizontal: plan of each horizontal stage, by block.
@@ -285,6 +288,7 @@ class MixingModel(nn.Module):
             mixture = plan.mixture(grid, num_prefix_tokens=prefix)
         else:
             mixture = Mixture.unmixed(len(images), prefix + grid[0] * grid[1], images.device)
+        mixture, soft = self._over_processes(mixture, soft)
         evidence = LabelEvidence(mixture, prefix, grid, images, classes, plan)
         # Token stages need labels before the pass is over: by the area, where the rule's own
         # weights are only known afterwards.
@@ -315,6 +319,14 @@ class MixingModel(nn.Module):
         aux_loss = torch.stack(losses).sum() if losses else soft.new_zeros(())
         stats = _stats(plan, weights, flow)
         return MixOutput(logits, targets, aux_loss, stats, trace, output)
+
+    def _over_processes(self, mixture: Mixture, soft: Tensor) -> tuple[Mixture, Tensor]:
+        """Sources and their labels, counted over all processes where a stage mixes across them."""
+        if world_size() == 1 or not any(getattr(stage, "gather", False) for stage in self.tokens):
+            return mixture, soft
+        require_equal_batches(soft)
+        sources = mixture.sources + process_rank() * len(soft)
+        return mixture._replace(sources=sources), gather(soft)
 
     def _flow(self, fed: Tensor, mixture: Mixture, targets: Tensor, grid: tuple[int, int]) -> Flow:
         mixers: dict[int, list[tuple[TokenMixer, Given]]] = {}

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitmix.errors import InputError
@@ -29,6 +30,7 @@ from vitmix.functional.matching import optimal_partners
 from vitmix.functional.mixture import Mixture
 from vitmix.functional.precision import wide
 from vitmix.functional.targets import soft_cross_entropy, soft_cross_entropy_per_sample
+from vitmix.processes import Exchange, gather, world_size
 from vitmix.scorenet import Pool, ScoreNet
 from vitmix.thresholds import share_threshold
 
@@ -102,21 +104,30 @@ class TokenOutcome:
         plan: what to do with the tokens.
         loss: scalar to be added to the training loss, or None.
         stats: scalars without gradient, for logging.
+        exchange: where partners of other processes come from; the plan's ``partner`` then counts
+            over the batches of all processes. None: partners are in the batch.
     """
 
     plan: HorizontalPlan | BlendPlan
     loss: Tensor | None
     stats: dict[str, Tensor]
+    exchange: Exchange | None = None
 
     def mix_tokens(self, tokens: Tensor, num_prefix_tokens: int) -> Tensor:
         """Mix tokens ``(B, T, D)``."""
         if isinstance(self.plan, HorizontalPlan):
+            if self.exchange is not None:
+                replace = F.pad(self.plan.replace, (num_prefix_tokens, 0))[..., None]
+                return torch.where(replace, self.exchange.fetch(tokens), tokens)
             return mix_tokens(tokens, self.plan, num_prefix_tokens=num_prefix_tokens)
         weight = self.plan.own_weight.to(tokens.dtype)[:, None, None]
         return torch.lerp(tokens.index_select(0, self.plan.partner), tokens, weight)
 
     def mix_targets(self, targets: Tensor) -> Tensor:
         """Mix targets ``(B, C)`` (TokenMixup, Eq. 11)."""
+        if self.exchange is not None:
+            own = self.plan.own_weight.to(targets.dtype)[:, None]
+            return own * targets + (1 - own) * self.exchange.fetch(targets)
         return mix_targets(targets, self.plan.partner, self.plan.own_weight)
 
     def pad_shares(self, shares: Tensor) -> Tensor:
@@ -126,6 +137,9 @@ class TokenOutcome:
     def mix_shares(self, mixture: Mixture) -> Mixture:
         """Follow the sources of every token."""
         if isinstance(self.plan, HorizontalPlan):
+            if self.exchange is not None:
+                others = Mixture(*map(self.exchange.fetch, mixture))
+                return mixture.replaced_from(others, self.plan.replace)
             return mixture.replaced(self.plan.partner, self.plan.replace)
         return mixture.blended(self.plan.partner, self.plan.own_weight)
 
@@ -211,6 +225,10 @@ class HorizontalTokenMixup(TokenMixer):
         assignment: ``"exact"`` optimal assignment (Eq. 7) or ``"random"`` pairs (ablation).
         relabel: label weights by ``"saliency"`` (Eq. 11) or by ``"area"``, the number of tokens
             (ablation).
+        gather: look for partners in the batches of all processes of a distributed run, so that N
+            processes mix as one with N times the batch does. Saliency and difficulty are gathered,
+            the same assignment is solved everywhere, and the tokens of chosen partners travel.
+            False: each process pairs its own batch.
 
     Raises:
         InputError: a parameter outside its range.
@@ -230,6 +248,7 @@ class HorizontalTokenMixup(TokenMixer):
         rollout_steps: int = 1,
         assignment: Literal["exact", "random"] = "exact",
         relabel: Literal["saliency", "area"] = "saliency",
+        gather: bool = False,
     ) -> None:
         super().__init__()
         _require_block(block)
@@ -241,6 +260,11 @@ class HorizontalTokenMixup(TokenMixer):
         _require_choice("saliency", saliency, ("attention", "rollout", "gradient", "random"))
         _require_choice("assignment", assignment, ("exact", "random"))
         _require_choice("relabel", relabel, ("saliency", "area"))
+        if gather and assignment == "random":
+            raise InputError(
+                "expected assignment='exact' with gather=True, got 'random': random pairs are "
+                "drawn in each process; leave gather out"
+            )
         if rollout_steps < 1:
             raise InputError(f"expected `rollout_steps` of at least 1, got {rollout_steps}")
         self.block: int = block
@@ -253,6 +277,7 @@ class HorizontalTokenMixup(TokenMixer):
         self.rollout_steps = rollout_steps
         self.assignment = assignment
         self.relabel: Literal["saliency", "area"] = relabel
+        self.gather = gather
         self.scorenet: ScoreNet | None = None
         self.tau_of_share, self.rho_of_share = tau_of_share, rho_of_share
 
@@ -292,11 +317,17 @@ class HorizontalTokenMixup(TokenMixer):
         scores = self.scorenet(tokens.detach() if self.stop_gradient else tokens)
         with torch.no_grad():
             difficulty = soft_cross_entropy_per_sample(scores, context.targets)
-            easy = self._easy(difficulty)
             saliency = wide(self._saliency(context))
+            gathers = self.gather and world_size() > 1
+            if gathers:
+                difficulty, saliency = gather(difficulty), gather(saliency)
+            easy = self._easy(difficulty)
             partner = context.given.partner
             if partner is None:
                 partner = optimal_partners(saliency, easy, self._rho_so_far())
+            exchange = Exchange(partner, len(tokens)) if gathers else None
+            if exchange is not None:
+                partner = exchange.partner
             rho = self._least_gain(saliency, easy, partner)
             plan = horizontal_plan(saliency, easy, rho, candidates=partner, relabel=self.relabel)
             stats = self._stats(difficulty, easy, saliency, plan)
@@ -304,9 +335,11 @@ class HorizontalTokenMixup(TokenMixer):
                 stats["tau"] = self.tau_of_share.value.clone()
             if self.rho_of_share is not None:
                 stats["rho"] = torch.as_tensor(rho)
+            if exchange is not None:
+                plan = HorizontalPlan(*map(exchange.own, plan))
         # The loss enters every step, so that ScoreNet's parameters always have a gradient.
         loss = self.scorenet_weight * soft_cross_entropy(scores, context.targets)
-        return TokenOutcome(plan, loss, stats)
+        return TokenOutcome(plan, loss, stats, exchange)
 
     def _saliency(self, context: TokenContext) -> Tensor:
         if self.saliency == "attention":

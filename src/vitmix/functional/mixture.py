@@ -46,11 +46,15 @@ class Mixture(NamedTuple):
         Returns:
             A mixture of 2 K sources.
         """
+        return self.replaced_from(Mixture(self.sources[partner], self.shares[partner]), replace)
+
+    def replaced_from(self, others: Mixture, replace: Tensor) -> Mixture:
+        """Follow whole tokens that are taken from the partners given in ``others``, row by row."""
         missing = self.shares.shape[1] - replace.shape[1]
         gate = F.pad(replace, (missing, 0))[..., None]
         own = torch.where(gate, 0, self.shares)
-        other = torch.where(gate, self.shares[partner], 0)
-        return self._joined(partner, own, other)
+        other = torch.where(gate, others.shares, 0)
+        return self._joined(others.sources, own, other)
 
     def blended(self, partner: Tensor, own_weight: Tensor) -> Mixture:
         """Follow tokens that are interpolated with a partner's: a mixture of 2 K sources.
@@ -60,11 +64,11 @@ class Mixture(NamedTuple):
             own_weight: ``(B,)`` share of the own token.
         """
         weight = own_weight.to(self.shares.dtype)[:, None, None]
-        return self._joined(partner, weight * self.shares, (1 - weight) * self.shares[partner])
+        other = (1 - weight) * self.shares[partner]
+        return self._joined(self.sources[partner], weight * self.shares, other)
 
-    def _joined(self, partner: Tensor, own: Tensor, other: Tensor) -> Mixture:
-        sources = torch.cat((self.sources, self.sources[partner]), 1)
-        return Mixture(sources, torch.cat((own, other), -1))
+    def _joined(self, sources: Tensor, own: Tensor, other: Tensor) -> Mixture:
+        return Mixture(torch.cat((self.sources, sources), 1), torch.cat((own, other), -1))
 
     def targets(self, weights: Tensor, targets: Tensor) -> Tensor:
         """Weighted sum of the sources' labels.
