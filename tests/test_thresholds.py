@@ -55,7 +55,7 @@ def test_the_share_is_kept_while_values_drift(
         draws[step] = scale * draws[step] + shift
     below = follow(draws, share)
     assert below[0] == pytest.approx(share, abs=1 / size)  # its own quantile
-    assert below[300:].mean() == pytest.approx(share, abs=0.02)
+    assert below[300:].mean() == pytest.approx(share, abs=0.05)
 
 
 @few
