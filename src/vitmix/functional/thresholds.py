@@ -39,7 +39,7 @@ def follow_quantile(
     values: Tensor,
     share: float,
     *,
-    rate: float = 0.1,
+    rate: float = 0.2,
     gain: float = 0.1,
     mean: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> RunningQuantile:
