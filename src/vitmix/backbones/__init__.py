@@ -16,6 +16,8 @@ from vitmix.backbones import (
     timm_position,
     timm_swin,
     timm_vit,
+    torchvision_maxvit,
+    torchvision_swin,
     torchvision_vit,
     unsupported,
 )
@@ -32,6 +34,8 @@ _FAMILIES: tuple[Family, ...] = (
     timm_swin,
     huggingface,
     torchvision_vit,
+    torchvision_swin,
+    torchvision_maxvit,
 )
 
 
