@@ -1,4 +1,4 @@
-"""The command line: ``vitmix train | evaluate | export | compare | demo``.
+"""The command line: ``vitmix train | evaluate | export | compare | models | demo``.
 
 Only the standard library is imported here; each command imports what it needs when it runs.
 """
@@ -193,6 +193,26 @@ def _compare(options: Any) -> None:
     print(f"report  {comparison.report}")
 
 
+def _configure_models(parser: Parser) -> None:
+    parser.add("pattern", str, "*", "name, or a pattern such as 'vit_*'; all by default")
+
+
+def _models(options: Any) -> None:
+    from vitmix.survey import model_names, survey_model, table_row
+
+    names = model_names(options["pattern"])
+    if not names:
+        raise InputError(
+            f"expected the name of a model of vitmix or timm or a pattern that fits some, "
+            f"got {options['pattern']!r}"
+        )
+    if len(names) == 1:
+        print(survey_model(names[0]).details())
+        return
+    for name in names:
+        print(table_row(survey_model(name)), flush=True)
+
+
 def _configure_demo(parser: Parser) -> None:
     parser.add("--out", str, "demo", "folder to write to; an earlier demo there is replaced")
     parser.add("--epochs", int | None, None, "passes over the data (default: the demo's own)")
@@ -229,6 +249,12 @@ COMMANDS: dict[str, Command] = {
         "vitmix compare --data digits --methods none,cutmix,tl-align --seeds 3 --epochs 10",
         _configure_compare,
         _compare,
+    ),
+    "models": Command(
+        "say which registered models are supported, and with which stages",
+        "vitmix models 'swin*'",
+        _configure_models,
+        _models,
     ),
     "demo": Command(
         "compare five methods on handwritten digits and write one HTML page",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitmix.backbones import Backbone, describe
+from vitmix.backbones import Backbone, describe, describe_pixels
 from vitmix.errors import InputError, UnsupportedModelError
 from vitmix.flow import Flow
 from vitmix.functional.horizontal import HorizontalPlan
@@ -94,10 +94,11 @@ class MixOutput:
 class MixingModel(nn.Module):
     """Train an unmodified vision transformer with mixed images, tokens and labels.
 
-    The three stages combine freely. ``mixing(images, targets)`` in training mode mixes and returns
-    a :class:`MixOutput`; in evaluation mode it mixes nothing, and ``mixing(images)`` is exactly
-    ``model(images)``. The model keeps its class and its parameter names; between calls it carries
-    no hook. Parameters of the stages (ScoreNet) belong to this module.
+    The three stages combine freely. Pixel stages with area or teacher labels work on any
+    classifier, convolutional networks too. ``mixing(images, targets)`` in training mode mixes and
+    returns a :class:`MixOutput`; in evaluation mode it mixes nothing, and ``mixing(images)`` is
+    exactly ``model(images)``. The model keeps its class and its parameter names; between calls it
+    carries no hook. Parameters of the stages (ScoreNet) belong to this module.
 
     Args:
         model: a model that :func:`vitmix.describe` supports.
@@ -153,7 +154,8 @@ class MixingModel(nn.Module):
             raise InputError(f"expected `label_smoothing` in [0, 1), got {label_smoothing}")
         _require_kind("backbone", backbone, (Backbone, type(None)))
         if backbone is None:
-            backbone = describe(model)
+            only_pixels = not tokens and labels.known_before_forward
+            backbone = describe_pixels(model) if only_pixels else describe(model)
         backbone.require_part_of(model)
         for stage in tokens:
             _require_kind("tokens", stage, (TokenStage,))

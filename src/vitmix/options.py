@@ -52,6 +52,8 @@ class Parser:
     ) -> None:
         """Add an option (``--name``) or, without dashes, a positional argument.
 
+        A positional argument with a default may be left out.
+
         Args:
             name: as the user types it.
             kind: type of the value.
@@ -67,7 +69,8 @@ class Parser:
             target = self.groups[group]
         shown = "" if default is None else f" [{_plain(default)}]"
         if not name.startswith("-"):
-            target.add_argument(name, type=kind, help=text)
+            may_lack: dict[str, Any] = {} if default is None else {"nargs": "?", "default": default}
+            target.add_argument(name, type=kind, help=text + shown, **may_lack)
         elif kind is bool:
             # A bare switch is true; `--ema false` is understood as well.
             target.add_argument(
