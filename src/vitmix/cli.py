@@ -213,6 +213,35 @@ def _models(options: Any) -> None:
         print(table_row(survey_model(name)), flush=True)
 
 
+def _configure_teach(parser: Parser) -> None:
+    from vitmix.train.config import TEACH_OPTIONS, TrainConfig
+
+    parser.add("--model", str | None, None, "teacher: a timm name, with its pretrained weights")
+    parser.add(
+        "--checkpoint",
+        str | None,
+        None,
+        "teacher: a run folder or checkpoint; with --model, a file of that model's weights",
+    )
+    parser.add("--out", str, "maps", "folder of the maps; one that was begun goes on")
+    parser.add_config(TrainConfig, only=TEACH_OPTIONS)
+
+
+def _teach(options: Any) -> None:
+    from vitmix.train.config import TrainConfig
+
+    model, checkpoint, out = (options.pop(name) for name in ("model", "checkpoint", "out"))
+    config = TrainConfig.from_dict(options)
+    config.validate()
+    if model is None and checkpoint is None:
+        raise InputError("expected a teacher, --model NAME or --checkpoint FILE, got neither")
+    from vitmix.train.teaching import teach
+
+    maps = teach(config, out, model=model, checkpoint=checkpoint)
+    rows, columns = maps.grid
+    print(f"{len(maps)} maps of {rows}x{columns} in {maps.folder}")
+
+
 def _configure_demo(parser: Parser) -> None:
     parser.add("--out", str, "demo", "folder to write to; an earlier demo there is replaced")
     parser.add("--epochs", int | None, None, "passes over the data (default: the demo's own)")
@@ -255,6 +284,12 @@ COMMANDS: dict[str, Command] = {
         "vitmix models 'swin*'",
         _configure_models,
         _models,
+    ),
+    "teach": Command(
+        "store a teacher's activation maps of a data set, for tokenmix",
+        "vitmix teach --data path/to/folder --checkpoint runs/plain --out maps",
+        _configure_teach,
+        _teach,
     ),
     "demo": Command(
         "compare five methods on handwritten digits and write one HTML page",

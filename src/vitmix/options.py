@@ -90,15 +90,26 @@ class Parser:
         self.names.append(name)
         self.types[name.lstrip("-").replace("-", "_")] = kind
 
-    def add_config(self, config: type, leave_out: tuple[str, ...] = ()) -> None:
-        """Add ``--config`` and every field of a dataclass made of ``option`` fields."""
+    def add_config(
+        self,
+        config: type,
+        leave_out: tuple[str, ...] = (),
+        only: tuple[str, ...] | None = None,
+    ) -> None:
+        """Add ``--config`` and every field of a dataclass made of ``option`` fields.
+
+        Args:
+            config: the dataclass.
+            leave_out: fields that are no options here.
+            only: the fields that are; all by default.
+        """
         self.parser.add_argument(
             "--config", action="config", help="YAML file with any of these options", metavar="FILE"
         )
         self.names.append("--config")
         hints = typing.get_type_hints(config)
         for field in fields(config):
-            if field.name not in leave_out:
+            if field.name not in leave_out and (only is None or field.name in only):
                 self.add(
                     "--" + field.name.replace("_", "-"),
                     hints[field.name],
