@@ -20,6 +20,7 @@ from vitmix.backbones import (
     torchvision_swin,
     torchvision_vit,
     unsupported,
+    vit_pytorch,
 )
 from vitmix.backbones.base import Backbone, Block, Family, Pooling, Reason
 from vitmix.backbones.custom import Grid, describe_by_hand
@@ -36,6 +37,7 @@ _FAMILIES: tuple[Family, ...] = (
     torchvision_vit,
     torchvision_swin,
     torchvision_maxvit,
+    vit_pytorch,
 )
 
 

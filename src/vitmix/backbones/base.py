@@ -238,8 +238,15 @@ class Backbone:
         """Check that attention can be rolled out from one block to another.
 
         Raises:
-            UnsupportedModelError: tokens are merged on the way, or attention is not global.
+            UnsupportedModelError: tokens are merged on the way, attention is not global, or blocks
+                are no more than their attention.
         """
+        if any(block.skip_outside for block in self.blocks[first : last + 1]):
+            raise UnsupportedModelError(
+                f"looked for whole blocks from {first} to {last} of {self.family} for a rollout, "
+                "found attention whose tokens are added and whose MLP is called outside of it. "
+                "Use saliency='attention'. The model was not changed."
+            )
         stages = {self.stage(index) for index in range(first, last + 1)}
         if len(stages) > 1 or any(block.reach for block in self.blocks[first : last + 1]):
             raise UnsupportedModelError(
