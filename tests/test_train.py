@@ -198,7 +198,7 @@ EVERY_PARAMETER: dict[str, dict[str, dict[str, Any]]] = {
         "horizontal": {
             "block": 0, "tau": 1.0, "rho": 0.01, "pool": "average", "stop_gradient": True,
             "scorenet_weight": 0.5, "saliency": "rollout", "rollout_steps": 1,
-            "assignment": "random", "relabel": "area",
+            "assignment": "random", "relabel": "area", "gather": True,
         },
         "vertical": {"block": 1, "kappa": 2, "stop_gradient": True},
         "manifold": {"block": [0, 1], "alpha": 1.0, "prob": 0.5},
@@ -418,7 +418,8 @@ def test_every_method_trains(tmp_path: Path, digits: Any, method: str) -> None:
 @pytest.mark.parametrize("ema", [False, True])
 def test_run_leaves_everything_and_evaluate_agrees(tmp_path: Path, digits: Any, ema: bool) -> None:
     result = train_run(
-        small(tmp_path, method="tokenmixup", tau=math.inf, epochs=2, ema=ema, lr=3e-3), data=digits
+        small(tmp_path, method="tokenmixup", tau=math.inf, epochs=2, model_ema=ema, lr=3e-3),
+        data=digits,
     )
     results = result.results
     for name in ("config.yaml", "results.json", "metrics.csv", "last.ckpt", "best.ckpt"):
@@ -535,7 +536,7 @@ def test_interrupt_leaves_a_usable_checkpoint(
 
     monkeypatch.setattr(run_module.ConsoleProgress, "on_train_batch_end", interrupted)
     with pytest.raises(Interrupted, match=r"the checkpoint is .*last.ckpt"):
-        train_run(small(tmp_path, epochs=5, ema=True, name="stopped"), data=digits)
+        train_run(small(tmp_path, epochs=5, model_ema=True, name="stopped"), data=digits)
     assert signal.getsignal(signal.SIGINT) is handler
     folder = tmp_path / "runs" / "stopped"
     assert not (folder / "results.json").exists()

@@ -17,7 +17,6 @@ from vitmix.labels import (
     TeacherLabels,
     TokenAlignedLabels,
 )
-from vitmix.maps import TeacherMaps, store_maps
 from vitmix.mixing import MixingModel, MixOutput, MixTrace
 from vitmix.pixels import CutMix, Mixup, OneOf, PixelMix, PixelPlan, TokenMix
 from vitmix.teacher import ActivationMaps
@@ -47,7 +46,6 @@ __all__ = [
     "PixelMix",
     "PixelPlan",
     "TeacherLabels",
-    "TeacherMaps",
     "TokenAlignedLabels",
     "TokenMix",
     "TokenStage",
@@ -58,5 +56,4 @@ __all__ = [
     "describe",
     "functional",
     "models",
-    "store_maps",
 ]

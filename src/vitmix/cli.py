@@ -1,4 +1,4 @@
-"""The command line: ``vitmix train | evaluate | export | compare | models | demo``.
+"""The command line: ``vitmix train | evaluate | export | recipes | compare | demo``.
 
 Only the standard library is imported here; each command imports what it needs when it runs.
 """
@@ -10,12 +10,14 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vitmix.errors import InputError, UnsupportedModelError, VitmixError
 
 if TYPE_CHECKING:
     from vitmix.options import Parser
+    from vitmix.train.config import TrainConfig
 
 __all__ = ["main"]
 
@@ -110,16 +112,27 @@ def _overview() -> str:
 
 def _configure_train(parser: Parser) -> None:
     from vitmix.train.config import TrainConfig
+    from vitmix.train.recipes import settings_under
 
-    parser.add_config(TrainConfig)
+    parser.add_config(TrainConfig, base=settings_under)
+
+
+def _settings(options: dict[str, Any]) -> TrainConfig:
+    """The settings of a run; ``fake`` data takes the shape of the recipe's."""
+    from vitmix.train.config import TrainConfig
+    from vitmix.train.recipes import get_recipe
+
+    config = TrainConfig.from_dict(options)
+    if config.recipe is not None and config.data == "fake":
+        config.data = get_recipe(config.recipe).fake_data()
+    config.validate()
+    return config
 
 
 def _train(options: Any) -> None:
-    from vitmix.train.config import TrainConfig
     from vitmix.train.methods import method_of
 
-    config = TrainConfig.from_dict(options)
-    config.validate()
+    config = _settings(options)
     method_of(config)  # what can be refused at once is refused before the slow imports
     from vitmix.plots.run_figures import save_run_figures
     from vitmix.train.run import train_run
@@ -174,72 +187,44 @@ def _figures(values: Sequence[float]) -> str:
 
 def _configure_compare(parser: Parser) -> None:
     from vitmix.train.config import TrainConfig
+    from vitmix.train.recipes import settings_under
 
     parser.add(
         "--methods", str, "none,cutmix,tokenmix,tl-align,tokenmixup", "methods, between commas"
     )
     parser.add("--seeds", str, "1", "number of seeds from --seed on, or seeds between commas")
-    parser.add_config(TrainConfig, leave_out=("method", "mix", "labels", "tokens"))
+    parser.add_config(
+        TrainConfig,
+        leave_out=("method", "mix", "labels", "tokens"),
+        base=partial(settings_under, whole_method=True),
+    )
 
 
 def _compare(options: Any) -> None:
     from vitmix.evaluate.compare import compare, parse_seeds
-    from vitmix.train.config import TrainConfig
 
     methods = [name.strip() for name in options.pop("methods").split(",") if name.strip()]
-    config = TrainConfig.from_dict(options)
+    config = _settings(options)
     seeds = parse_seeds(options.pop("seeds"), config.seed)
     comparison = compare(config, methods, seeds)
     print(f"report  {comparison.report}")
 
 
-def _configure_models(parser: Parser) -> None:
-    parser.add("pattern", str, "*", "name, or a pattern such as 'vit_*'; all by default")
+def _configure_recipes(parser: Parser) -> None:
+    parser.add("pattern", str | None, None, "show one recipe, or list those that have this in them")
+    parser.add("--markdown", bool, False, "print the page of all recipes: docs/recipes.md")
 
 
-def _models(options: Any) -> None:
-    from vitmix.survey import model_names, survey_model, table_row
+def _recipes(options: Any) -> None:
+    from vitmix.train.recipes import all_recipes, as_page, as_table, find_recipes
 
-    names = model_names(options["pattern"])
-    if not names:
-        raise InputError(
-            f"expected the name of a model of vitmix or timm or a pattern that fits some, "
-            f"got {options['pattern']!r}"
-        )
-    if len(names) == 1:
-        print(survey_model(names[0]).details())
-        return
-    for name in names:
-        print(table_row(survey_model(name)), flush=True)
-
-
-def _configure_teach(parser: Parser) -> None:
-    from vitmix.train.config import TEACH_OPTIONS, TrainConfig
-
-    parser.add("--model", str | None, None, "teacher: a timm name, with its pretrained weights")
-    parser.add(
-        "--checkpoint",
-        str | None,
-        None,
-        "teacher: a run folder or checkpoint; with --model, a file of that model's weights",
-    )
-    parser.add("--out", str, "maps", "folder of the maps; one that was begun goes on")
-    parser.add_config(TrainConfig, only=TEACH_OPTIONS)
-
-
-def _teach(options: Any) -> None:
-    from vitmix.train.config import TrainConfig
-
-    model, checkpoint, out = (options.pop(name) for name in ("model", "checkpoint", "out"))
-    config = TrainConfig.from_dict(options)
-    config.validate()
-    if model is None and checkpoint is None:
-        raise InputError("expected a teacher, --model NAME or --checkpoint FILE, got neither")
-    from vitmix.train.teaching import teach
-
-    maps = teach(config, out, model=model, checkpoint=checkpoint)
-    rows, columns = maps.grid
-    print(f"{len(maps)} maps of {rows}x{columns} in {maps.folder}")
+    pattern = options["pattern"]
+    if options["markdown"]:
+        print(as_page(), end="")
+    elif pattern in all_recipes():
+        print(all_recipes()[pattern].as_yaml(), end="")
+    else:
+        print(as_table(find_recipes(pattern)), end="")
 
 
 def _configure_demo(parser: Parser) -> None:
@@ -273,23 +258,17 @@ COMMANDS: dict[str, Command] = {
         _configure_export,
         _export,
     ),
+    "recipes": Command(
+        "list the published settings that train can start from, or show one",
+        "vitmix recipes cct7-cifar100-tokenmixup",
+        _configure_recipes,
+        _recipes,
+    ),
     "compare": Command(
         "train several methods over several seeds and tabulate them",
         "vitmix compare --data digits --methods none,cutmix,tl-align --seeds 3 --epochs 10",
         _configure_compare,
         _compare,
-    ),
-    "models": Command(
-        "say which registered models are supported, and with which stages",
-        "vitmix models 'swin*'",
-        _configure_models,
-        _models,
-    ),
-    "teach": Command(
-        "store a teacher's activation maps of a data set, for tokenmix",
-        "vitmix teach --data path/to/folder --checkpoint runs/plain --out maps",
-        _configure_teach,
-        _teach,
     ),
     "demo": Command(
         "compare five methods on handwritten digits and write one HTML page",

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from vitmix.backbones import Backbone
 from vitmix.functional.targets import soft_cross_entropy
-from vitmix.replay import add_to_tokens
 
 __all__ = ["gradient_saliency", "logits_of"]
 
@@ -38,20 +37,13 @@ def gradient_saliency(
     Returns:
         ``(B, N)`` float32.
     """
-    block = backbone.blocks[index]
     leaves: list[Tensor] = []
 
     def cut(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         leaves.append(args[0].detach().requires_grad_())
         return (leaves[0], *args[1:])
 
-    def join(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Lead the gradient past a block whose tokens are added to its result outside."""
-        return add_to_tokens(output, leaves[0] - leaves[0].detach())
-
-    handles = [block.module.register_forward_pre_hook(cut)]
-    if block.skip_outside:
-        handles.append(block.module.register_forward_hook(join))
+    handle = backbone.blocks[index].module.register_forward_pre_hook(cut)
     try:
         with torch.enable_grad():
             logits = logits_of(model(images))
@@ -59,9 +51,8 @@ def gradient_saliency(
             loss = soft_cross_entropy(logits, targets)
             (gradient,) = torch.autograd.grad(loss, leaves)
     finally:
-        for handle in handles:
-            handle.remove()
-    tokens = block.flatten(gradient)
+        handle.remove()
+    tokens = backbone.blocks[index].flatten(gradient)
     norms: Tensor = tokens.float().norm(dim=-1)[:, backbone.num_prefix_tokens :]
     total: Tensor = norms.sum(1, keepdim=True)
     return norms / total.clamp_min(torch.finfo(norms.dtype).tiny)

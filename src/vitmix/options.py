@@ -6,6 +6,7 @@ import argparse
 import re
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, Literal, Union
 
@@ -40,6 +41,7 @@ class Parser:
         self.names: list[str] = []
         self.types: dict[str, Any] = {}
         self.groups: dict[str, Any] = {}
+        self.base: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
     def add(
         self,
@@ -51,8 +53,6 @@ class Parser:
         count: int | None = None,
     ) -> None:
         """Add an option (``--name``) or, without dashes, a positional argument.
-
-        A positional argument with a default may be left out.
 
         Args:
             name: as the user types it.
@@ -69,10 +69,10 @@ class Parser:
             target = self.groups[group]
         shown = "" if default is None else f" [{_plain(default)}]"
         if not name.startswith("-"):
-            may_lack: dict[str, Any] = {} if default is None else {"nargs": "?", "default": default}
-            target.add_argument(name, type=kind, help=text + shown, **may_lack)
+            optional = type(None) in typing.get_args(kind)
+            target.add_argument(name, type=kind, help=text, nargs="?" if optional else None)
         elif kind is bool:
-            # A bare switch is true; `--ema false` is understood as well.
+            # A bare switch is true; `--model-ema false` is understood as well.
             target.add_argument(
                 name, type=bool, nargs="?", const=True, default=default, help=text,
                 metavar="BOOL",
@@ -94,22 +94,23 @@ class Parser:
         self,
         config: type,
         leave_out: tuple[str, ...] = (),
-        only: tuple[str, ...] | None = None,
+        base: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> None:
         """Add ``--config`` and every field of a dataclass made of ``option`` fields.
 
         Args:
             config: the dataclass.
-            leave_out: fields that are no options here.
-            only: the fields that are; all by default.
+            leave_out: fields that are no options of this command.
+            base: gives the defaults of what the user chose.
         """
+        self.base = base
         self.parser.add_argument(
             "--config", action="config", help="YAML file with any of these options", metavar="FILE"
         )
         self.names.append("--config")
         hints = typing.get_type_hints(config)
         for field in fields(config):
-            if field.name not in leave_out and (only is None or field.name in only):
+            if field.name not in leave_out:
                 self.add(
                     "--" + field.name.replace("_", "-"),
                     hints[field.name],
@@ -125,8 +126,13 @@ class Parser:
         Raises:
             InputError: names the option, what was expected and what came.
         """
+        words = [_normal(argument) for argument in arguments]
         try:
-            values: Namespace = self.parser.parse_args([_normal(a) for a in arguments])
+            if self.base is not None:
+                quiet = [word for word in words if word.partition("=")[0] != "--print-config"]
+                given: Namespace = self.parser.parse_args(quiet, defaults=False)
+                self.parser.set_defaults(self.base(given.as_dict()))
+            values: Namespace = self.parser.parse_args(words)
         except argparse.ArgumentError as error:
             raise InputError(self._explain(str(error))) from error
         plain: dict[str, Any] = values.as_dict()

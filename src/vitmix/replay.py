@@ -22,7 +22,6 @@ from vitmix.tokens import TokenOutcome
 __all__ = [
     "BlockRecord",
     "Replay",
-    "add_to_tokens",
     "call_after_backward",
     "first_tokens",
     "unseen_by_checkpoint",
@@ -102,19 +101,18 @@ class Replay:
         record = self._records[index]
         follows = self._left is not None and self._left == index - 1
         if args[0] is not record.entered() and not follows:
-            self._index = self._left = self._added = None
+            self._index = self._left = None
             return None
         self._index, self._left = index, None
         block, given = self._backbone.blocks[index], args[0]
-        tokens = block.flatten(given)
+        tokens = before = block.flatten(given)
         self._own, self._added = tokens.shape[1], None
         if record.outcomes:
             with unseen_by_checkpoint():
                 for outcome in record.outcomes:
                     tokens = outcome.mix_tokens(tokens, self._backbone.num_prefix_tokens)
-            mixed = block.restore(tokens, given)
-            self._added = mixed - given if block.skip_outside else None
-            given = mixed
+            given = block.restore(tokens, given)
+            self._added = tokens - before if block.skip_outside else None
         return (given, *args[1:]), kwargs
 
     def _append(
@@ -136,14 +134,7 @@ class Replay:
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         self._index, self._left = None, self._index
-        return None if self._added is None else add_to_tokens(output, self._added)
-
-
-def add_to_tokens(output: Any, added: Tensor) -> Any:
-    """Add to what a block returns, which may be a tuple that starts with its tokens."""
-    if isinstance(output, tuple):
-        return (output[0] + added, *output[1:])
-    return output + added
+        return None if self._added is None else output + self._added
 
 
 def first_tokens(output: Any, count: int) -> Any:

@@ -88,13 +88,9 @@ class Reach:
     queries: Grid | None = None
 
     @property
-    def kind(self) -> str:
-        """Name of the attention, for people."""
-        if self.windows is not None:
-            return f"within windows of {self.windows.shape[1]}"
-        if self.keys is not None:
-            return f"to {self.keys[0]} x {self.keys[1]} keys"
-        return "global"
+    def is_global(self) -> bool:
+        """Whether all tokens attend to all tokens."""
+        return self.windows is None and self.keys is None and self.queries is None
 
     @property
     def result_grid(self) -> Grid:

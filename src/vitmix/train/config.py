@@ -17,20 +17,13 @@ from vitmix.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["TEACH_OPTIONS", "Device", "Interpolation", "Precision", "TrainConfig", "suggest"]
+__all__ = ["Device", "Interpolation", "Precision", "TrainConfig", "suggest"]
 
 T = TypeVar("T")
 Precision = Literal["fp32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Interpolation = Literal["bicubic", "bilinear"]
 Stages = dict[str, Any] | list[Any] | str  # a name, {name: ..., argument: ...}, or several of them
-
-
-# Settings of a run that mean the same to `vitmix teach`.
-TEACH_OPTIONS = (
-    "data", "data_root", "download", "label_column", "skip_corrupt", "img_size", "mean", "std",
-    "workers", "batch_size", "device", "threads",
-)  # fmt: skip
 
 
 def option(group: str, default: T, text: str, count: int | None = None) -> T:
@@ -53,6 +46,10 @@ class TrainConfig:
     The defaults follow the published CCT settings where these exist (AdamW 6e-4, weight decay
     0.06, batch 128, label smoothing 0.1).
     """
+
+    recipe: str | None = option(
+        "Recipe", None, "settings to start from, changed by a file and by options: vitmix recipes"
+    )
 
     data: str = option(
         "Data",
@@ -182,9 +179,6 @@ class TrainConfig:
         "auto",
         "teacher of tokenmix: auto (trains a plain model first), a checkpoint, or a timm name",
     )
-    teacher_maps: str | None = option(
-        "Method", None, "folder that vitmix teach made: its maps instead of a teacher"
-    )
 
     epochs: int = option("Optimisation", 10, "passes over the training data")
     max_steps: int | None = option("Optimisation", None, "stop after so many steps (a dry run)")
@@ -205,15 +199,17 @@ class TrainConfig:
     smoothing: float = option("Optimisation", 0.1, "label smoothing")
     bce_loss: bool = option("Optimisation", False, "binary cross-entropy with each class's share")
     clip_grad: float | None = option("Optimisation", 1.0, "largest norm of the gradient, or null")
-    ema: bool = option("Optimisation", False, "evaluate an exponential moving average of weights")
-    ema_decay: float = option("Optimisation", 0.999, "decay of that average, a step")
+    model_ema: bool = option(
+        "Optimisation", False, "evaluate an exponential moving average of weights"
+    )
+    model_ema_decay: float = option("Optimisation", 0.999, "decay of that average, a step")
 
     precision: Precision = option("Run", "fp32", "arithmetic of the model")
     device: Device = option("Run", "auto", "where to run")
     channels_last: bool = option("Run", False, "channels-last memory layout (faster convolutions)")
     threads: int | None = option("Run", None, "CPU threads (default: PyTorch's choice)")
     seed: int = option("Run", 0, "seed of weights, order, augmentation and mixing")
-    log_every: int | None = option(
+    log_interval: int | None = option(
         "Run", None, "steps between two logged values (default: about 1000 in a run)"
     )
     out: str = option("Run", "runs", "folder that run folders are made in")
@@ -249,7 +245,7 @@ class TrainConfig:
             "train_limit": 2, "img_size": 4, "workers": 0, "crop_padding": 0, "kappa": 1,
             "block": 0, "vertical_block": 0, "epochs": 1, "batch_size": 1, "warmup_epochs": 0,
             "weight_decay": 0, "min_lr": 0, "threads": 1, "max_steps": 1, "aug_repeats": 1,
-            "log_every": 1, "seed": 0, "mixup": 0, "cutmix": 0,
+            "log_interval": 1, "seed": 0, "mixup": 0, "cutmix": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -260,12 +256,12 @@ class TrainConfig:
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise InputError(f"expected {_dashed(name)} to be greater than 0, got {value}")
         below_one = (
-            "test_share", "hflip", "reprob", "smoothing", "ema_decay", "drop_path", "mixup_prob",
-            "mixup_switch_prob",
+            "test_share", "hflip", "reprob", "smoothing", "model_ema_decay", "drop_path",
+            "mixup_prob", "mixup_switch_prob",
         )  # fmt: skip
         for name in below_one:
             value = getattr(self, name)
-            inclusive = name not in ("test_share", "smoothing", "ema_decay", "drop_path")
+            inclusive = name not in ("test_share", "smoothing", "model_ema_decay", "drop_path")
             if value is not None and not (0 <= value <= 1 if inclusive else 0 <= value < 1):
                 bound = "between 0 and 1" if inclusive else "at least 0 and less than 1"
                 raise InputError(f"expected {_dashed(name)} to be {bound}, got {value}")
@@ -277,8 +273,6 @@ class TrainConfig:
         for name in ("test_share", "val_share"):
             if getattr(self, name) == 0:
                 raise InputError(f"expected {_dashed(name)} to be greater than 0, got 0")
-        if self.teacher_maps is not None and self.teacher != "auto":
-            raise InputError("expected either --teacher or --teacher-maps, got both")
         if self.val_share is not None and self.test_split is not None:
             raise InputError(
                 "expected either --val-share or --test-split to say what to test on, got both"

@@ -62,7 +62,7 @@ class MixingTask(pl.LightningModule):
         if config.max_steps is not None:
             self.steps = min(self.steps, config.max_steps)
         self.facts = facts
-        self.log_every = config.log_every or max(1, round(self.steps / 1000))
+        self.log_every = config.log_interval or max(1, round(self.steps / 1000))
         self.top1 = MulticlassAccuracy(num_classes, average="micro")
         self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro")
         self.val_loss = MeanMetric()
@@ -74,17 +74,17 @@ class MixingTask(pl.LightningModule):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Augment and normalise on the device that the batch is on."""
-        images, labels, *maps = batch
+        images, labels = batch
         stage = self.augment if self.trainer.training else self.prepare
-        images, moved = stage.with_maps(images, maps[0] if maps else None)
+        images = stage(images)
         if self.config.channels_last:
             images = images.to(memory_format=torch.channels_last)
-        return images, labels, moved
+        return images, labels
 
-    def training_step(self, batch: tuple[Tensor, Tensor, Tensor | None], batch_idx: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Mix, predict, and check the loss before it can reach the weights."""
-        images, labels, maps = batch
-        out = self.mixing(images, labels, maps=maps)
+        images, labels = batch
+        out = self.mixing(images, labels)
         loss: Tensor = out.loss(self.criterion)
         if not bool(torch.isfinite(loss)):
             raise NonFiniteLossError(
@@ -118,9 +118,9 @@ class MixingTask(pl.LightningModule):
         for logger in self.loggers:
             logger.log_metrics(values, step=self.global_step)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor | None], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Measure the model on test images as they are."""
-        images, labels, _ = batch
+        images, labels = batch
         logits = self.mixing(images).float()
         self.top1.update(logits, labels)
         self.top5.update(logits, labels)

@@ -27,7 +27,6 @@ from vitmix.train.optimiser import check_optimiser, parameter_groups
 from vitmix.train.policies import make_policy
 from vitmix.train.provenance import commit, device_name, versions
 from vitmix.train.stages import build_mixing
-from vitmix.train.teachers import find_teacher
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -91,15 +90,17 @@ def train_run(
     classes = len(data.classes)
     torch.manual_seed(config.seed)
     model = make_model(config, classes, data.img_size)
-    online = spec.needs_teacher and config.teacher_maps is None
-    teacher = _make_teacher(config, data) if online else None
+    teacher = _make_teacher(config, data) if spec.needs_teacher else None
     mixing = build_mixing(
-        model, config, num_classes=classes, img_size=data.img_size, teacher=teacher, maps=data.maps
+        model, config, num_classes=classes, img_size=data.img_size, teacher=teacher
     )
     try_step(mixing, data)
     parameter_groups(mixing, config)  # refuses what the optimiser cannot do
     mixing.generator = torch.Generator().manual_seed(config.seed + 1)
-    default = default_name(data.name, config.model, method_name(config), f"seed{config.seed}")
+    default = default_name(
+        *((config.recipe,) if config.recipe else (data.name, config.model, method_name(config))),
+        f"seed{config.seed}",
+    )
     folder = claim_folder(config.out, config.name, default, config.overwrite)
     write_yaml(folder / "config.yaml", config.to_dict())
     if verbose:
@@ -177,8 +178,7 @@ def try_step(mixing: MixingModel, data: ImageData) -> None:
     mixing.train()
     side = data.img_size
     before = [buffer.clone() for buffer in mixing.buffers()]
-    maps = torch.zeros(2, dtype=torch.long) if mixing.labels.needs_maps else None
-    mixing(torch.zeros(2, 3, side, side), torch.tensor([0, 1]), maps=maps)
+    mixing(torch.zeros(2, 3, side, side), torch.tensor([0, 1]))
     for buffer, value in zip(mixing.buffers(), before, strict=True):
         buffer.copy_(value)  # running means and thresholds start with real images
 
@@ -219,15 +219,33 @@ def _make_teacher(config: TrainConfig, data: ImageData) -> nn.Module:
     if config.teacher == "auto":
         return make_model(replace(config, pretrained=False), classes, data.img_size).eval()
     if Path(config.teacher).exists() or config.teacher.endswith(".ckpt"):
-        teacher = find_teacher(data.classes, data.name, checkpoint=config.teacher)
-    else:
-        teacher = find_teacher(data.classes, data.name, model=config.teacher, side=data.img_size)
-    if teacher.side != data.img_size:
-        raise InputError(
-            f"expected a teacher for images of side {data.img_size}, "
-            f"{config.teacher} is for {teacher.side}"
+        trained = load_trained(config.teacher)
+        if trained.classes != data.classes or trained.img_size != data.img_size:
+            raise InputError(
+                f"expected a teacher for {classes} classes and images of side {data.img_size}, "
+                f"{config.teacher} has {len(trained.classes)} and {trained.img_size}"
+            )
+        return trained.model
+    from vitmix.models import cct_names, create_model
+
+    known = None
+    if config.teacher not in cct_names():
+        import timm
+
+        pretrained = (
+            timm.get_pretrained_cfg(config.teacher) if timm.is_model(config.teacher) else None
         )
-    return teacher.model
+        known = getattr(pretrained, "num_classes", None)
+    if (known is not None and known != classes) or config.teacher in cct_names():
+        what = f"knows {known} other classes" if known else "comes without weights"
+        raise InputError(
+            f"expected a teacher of the {classes} classes of {data.name}, {config.teacher} {what}; "
+            "train one and give its checkpoint, or use --teacher auto"
+        )
+    teacher: nn.Module = create_model(
+        config.teacher, num_classes=classes, img_size=data.img_size, pretrained=True
+    )
+    return teacher.eval()
 
 
 def _fill_teacher(
@@ -253,7 +271,9 @@ def _make_trainer(
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
     precision: Any = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-    callbacks: list[pl.Callback] = [WeightAverage(config.ema_decay)] if config.ema else []
+    callbacks: list[pl.Callback] = (
+        [WeightAverage(config.model_ema_decay)] if config.model_ema else []
+    )
     callbacks += [ConsoleProgress(label), checkpoints]
     with _quiet():
         return pl.Trainer(
