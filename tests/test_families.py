@@ -104,30 +104,37 @@ def test_following_shares_changes_nothing_else(family: str) -> None:
 
 
 class Kernels(TorchDispatchMode):
-    """Counts fused attention, and softmaxes that would stand for attention in pieces."""
+    """Counts fused attention, softmaxes that would stand for it in pieces, and (T, T) products."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: int = 0) -> None:
         super().__init__()
         self.counts = Counter[str]()
+        self._tokens = tokens
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for kernel in ("scaled_dot_product", "_softmax"):
             self.counts[kernel] += kernel in str(func)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if "bmm" in str(func) and result.shape[-2:] == (self._tokens, self._tokens):
+            self.counts["square"] += 1
+        return result
 
 
 @pytest.mark.parametrize("family", MORE_FAMILIES)
 def test_fused_attention_stays_on(family: str) -> None:
-    """Following shares calls the kernels that the model alone calls, as often."""
+    """Following shares calls the kernels that the model alone calls, and makes no matrix more."""
     mixing = make(family, "tl-align").train()
     images, targets = batch()
-    with Kernels() as plain:
+    rows, columns = mixing.backbone.grid((images.shape[2], images.shape[3]))
+    tokens = mixing.backbone.num_prefix_tokens + rows * columns
+    with Kernels(tokens) as plain:
         mixing.model(images)
-    with Kernels() as mixed:
+    with Kernels(tokens) as mixed:
         mixing(images, targets)
     assert sum(plain.counts.values()) >= mixing.backbone.depth
     pools = mixing.backbone.pooling == "attention"  # reads its one row of attention
     plain.counts["_softmax"] += pools
+    assert mixed.counts.pop("square", 0) <= plain.counts.pop("square", 0)
     assert mixed.counts == plain.counts
 
 
