@@ -50,6 +50,20 @@ def make_swin(name: str, side: int = SIDE, window: int = 4, **options: Any) -> n
     )
 
 
+def make_maxxvit(types: tuple[str, ...], depths: tuple[int, ...], **options: Any) -> nn.Module:
+    from timm.models.maxxvit import MaxxVit, MaxxVitCfg, MaxxVitTransformerCfg
+
+    transformer = {"dim_head": 8, "window_size": (4, 4), "grid_size": (4, 4), **options}
+    config = MaxxVitCfg(
+        embed_dim=(16, 16, 32)[: len(types)],
+        depths=depths,
+        block_type=types,
+        stem_width=8,
+        transformer_cfg=MaxxVitTransformerCfg(**transformer),
+    )
+    return MaxxVit(config, img_size=SIDE, num_classes=NUM_CLASSES)
+
+
 STAGED: dict[str, Staged] = {
     "swin": Staged(partial(make_swin, "swin_tiny_patch4_window7_224")),
     # 18, 9 and 5 tokens a side: windows and merging with padding.
@@ -58,6 +72,9 @@ STAGED: dict[str, Staged] = {
     ),
     "swin-v2": Staged(partial(make_swin, "swinv2_tiny_window8_256")),
     "swin-v2-cr": Staged(partial(make_swin, "swinv2_cr_tiny_224")),
+    "coatnet": Staged(partial(make_maxxvit, ("C", "T", "T"), (1, 2, 2), norm_layer="batchnorm2d")),
+    "maxvit": Staged(partial(make_maxxvit, ("M", "M"), (1, 1))),
+    "maxvit-nchw": Staged(partial(make_maxxvit, ("M", "M"), (1, 1), use_nchw_attn=True)),
 }
 
 

@@ -15,7 +15,7 @@ import vitmix
 from models import NUM_CLASSES
 from more_models import logits_of, unsettle
 from recorders import CallRecorder
-from staged_models import STAGED, images_for
+from staged_models import STAGED, images_for, make_maxxvit
 from test_families import Kernels
 from test_mixing import hooks, horizontal
 
@@ -399,3 +399,20 @@ def test_vertical_mixing(family: str) -> None:
             model, tokens=[vitmix.VerticalTokenMixup(block=1)], num_classes=NUM_CLASSES
         )
     assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("saliency", ["attention", "gradient"])
+def test_looking_ahead_leaves_running_statistics(saliency: str) -> None:
+    """Batch normalisation counts a step once."""
+    stage = vitmix.HorizontalTokenMixup(block=1, saliency=saliency)
+    mixing = vitmix.MixingModel(STAGED["coatnet"].make(), tokens=[stage], num_classes=NUM_CLASSES)
+    mixing.train()(*images_for("coatnet"))
+    counts = [b for name, b in mixing.named_buffers() if name.endswith("num_batches_tracked")]
+    assert counts
+    assert all(count == 1 for count in counts)
+
+
+def test_two_attentions_side_by_side_are_refused() -> None:
+    model = make_maxxvit(("PM",), (1,))
+    with pytest.raises(vitmix.UnsupportedModelError, match="found one within windows beside"):
+        vitmix.describe(model)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
+from vitmix.aside import aside
 from vitmix.attention import AttentionCall, AttentionTap, read_attention, read_query_key
 from vitmix.backbones import Backbone, Block
 from vitmix.compilation import uncompiled
@@ -90,6 +91,7 @@ class Flow:
         self._attention_block = attention_block
         self._recomputes = recomputes
         self._records: dict[int, BlockRecord] = {}
+        self._regions: dict[nn.Module, list[TensorWeakRef]] = {}
         self.replay: Replay | None = None
         self._collected: dict[VerticalTokenMixup, list[tuple[Tensor, Tensor]]] = {
             stage: [] for stages in verticals.values() for stage in stages
@@ -139,6 +141,10 @@ class Flow:
                     handles.append(block.entry.register_forward_pre_hook(append))
                     handles.append(block.attention.register_forward_hook(cut))
                 handles.append(block.module.register_forward_hook(leave))
+            handles += [
+                region.register_forward_pre_hook(self._enter_region)
+                for region in (self.backbone.regions if self._recomputes else ())
+            ]
             if self._follow and self.backbone.pool_scores is not None:
                 handles.append(self.backbone.pool_scores.register_forward_hook(self._keep_scores))
             with uncompiled(), self._tap():
@@ -269,14 +275,18 @@ class Flow:
     def _keep_scores(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._scores = output
 
+    def _enter_region(self, region: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            self._regions[region] = [TensorWeakRef(args[0])]
+
     # What happens at a block.
 
     def _record(self, index: int, tokens: Tensor) -> Tensor:
         """Remember a block's input for the second pass."""
         _require_graph()
         if not self._records:
-            self.replay = Replay(self.backbone, self._records)
-        self._records[index] = BlockRecord(TensorWeakRef(tokens))
+            self.replay = Replay(self.backbone, self._records, self._regions)
+        self._records[index] = BlockRecord([TensorWeakRef(tokens)])
         if index == 0 and self.replay is not None:
             return call_after_backward(tokens, self.replay.remove)
         return tokens
@@ -332,12 +342,9 @@ class Flow:
         self._paused = True
         try:
             ahead = [block.module for block in self.backbone.blocks[index : index + steps + 1]]
-            # Dropout in these extra passes must not shift that of the real one.
-            devices = [tokens.device] if tokens.device.type == "cuda" else []
-            own_draws = torch.random.fork_rng(devices)
             reach = self.backbone.reach(index, self._grid)
             if steps == 0:
-                with own_draws:
+                with aside(ahead, tokens.device):
                     return self._saliency_of(read_query_key(ahead[0], tokens, run), reach)
             _, _, args, kwargs = run.args
             if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
@@ -347,7 +354,7 @@ class Flow:
                     "blocks are given. Use saliency='attention'"
                 )
             maps = []
-            with own_draws:
+            with aside(ahead, tokens.device):
                 for module in ahead:
                     tokens, attention = read_attention(module, tokens, run)
                     maps.append(attention)

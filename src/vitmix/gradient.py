@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitmix.aside import aside
 from vitmix.backbones import Backbone
 from vitmix.functional.targets import soft_cross_entropy
 
@@ -45,7 +46,7 @@ def gradient_saliency(
 
     handle = backbone.blocks[index].module.register_forward_pre_hook(cut)
     try:
-        with torch.enable_grad():
+        with aside([model], images.device), torch.enable_grad():
             logits = logits_of(model(images))
             logits = logits[0] if isinstance(logits, tuple) else logits
             loss = soft_cross_entropy(logits, targets)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -42,14 +43,15 @@ class BlockRecord:
     """What the first pass did at a block.
 
     Attributes:
-        entered: the block's input, by which a second pass is told from that of another step.
+        entered: the block's input, by which a second pass is told from that of another step; in
+            nested checkpoints, each time it runs.
         outcomes: what was mixed in front of the block.
         extra: ``(B, M, D)`` tokens appended in front of the attention, or None.
         extended: the tokens that they were appended to. A checkpoint inside the block's own hooks
             (transformers) runs again from these, and calls no hook of the block.
     """
 
-    entered: TensorWeakRef
+    entered: list[TensorWeakRef]
     outcomes: list[TokenOutcome] = field(default_factory=list)
     extra: Tensor | None = None
     extended: TensorWeakRef | None = None
@@ -61,11 +63,20 @@ class Replay:
     Args:
         backbone: description of the model.
         records: what was done, by block.
+        regions: inputs of the modules around blocks, by which a second pass is known that begins in
+            front of a block.
     """
 
-    def __init__(self, backbone: Backbone, records: dict[int, BlockRecord]) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        records: dict[int, BlockRecord],
+        regions: dict[nn.Module, list[TensorWeakRef]],
+    ) -> None:
         self._backbone = backbone
         self._records = records
+        self._regions = regions
+        self._around: list[nn.Module] = []
         self._handles: list[Any] = []
         self._index: int | None = None
         self._left: int | None = None
@@ -76,7 +87,9 @@ class Replay:
     @property
     def over(self) -> bool:
         """Whether no second pass can come any more: the graph of the step is gone."""
-        return all(record.entered() is None for record in self._records.values())
+        entered = [record.entered for record in self._records.values()]
+        inputs = chain(*entered, *self._regions.values())
+        return all(reference() is None for reference in inputs)
 
     def install(self) -> None:
         """Register the hooks."""
@@ -88,6 +101,9 @@ class Replay:
                 keep(block.entry.register_forward_pre_hook(partial(self._append, index)))
                 keep(block.attention.register_forward_hook(self._cut))
             keep(block.module.register_forward_hook(self._leave))
+        for region in self._regions:
+            keep(region.register_forward_pre_hook(self._enter_region))
+            keep(region.register_forward_hook(self._leave_region, always_call=True))
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -95,14 +111,28 @@ class Replay:
             handle.remove()
         self._handles.clear()
 
+    def _enter_region(self, region: nn.Module, args: tuple[Any, ...]) -> None:
+        known = self._regions[region]
+        if args and _is_one_of(args[0], known):
+            self._around.append(region)
+        elif args and self._around:
+            known.append(TensorWeakRef(args[0]))
+            self._around.append(region)
+
+    def _leave_region(self, region: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._around and self._around[-1] is region:
+            self._around.pop()
+
     def _enter(
         self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         record = self._records[index]
         follows = self._left is not None and self._left == index - 1
-        if args[0] is not record.entered() and not follows:
-            self._index = self._left = None
-            return None
+        if not _is_one_of(args[0], record.entered):
+            if not follows and not self._around:
+                self._index = self._left = None
+                return None
+            record.entered.append(TensorWeakRef(args[0]))
         self._index, self._left = index, None
         block, given = self._backbone.blocks[index], args[0]
         tokens = before = block.flatten(given)
@@ -135,6 +165,10 @@ class Replay:
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         self._index, self._left = None, self._index
         return None if self._added is None else output + self._added
+
+
+def _is_one_of(given: object, references: list[TensorWeakRef]) -> bool:
+    return any(given is reference() for reference in references)
 
 
 def first_tokens(output: Any, count: int) -> Any:

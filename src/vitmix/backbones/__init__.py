@@ -13,6 +13,7 @@ from torch import nn
 from vitmix.backbones import (
     cct,
     huggingface,
+    timm_maxxvit,
     timm_position,
     timm_swin,
     timm_vit,
@@ -30,6 +31,7 @@ _FAMILIES: tuple[Family, ...] = (
     timm_vit,
     timm_position,
     timm_swin,
+    timm_maxxvit,
     huggingface,
     torchvision_vit,
 )
@@ -111,7 +113,7 @@ def describe(
     for family in _FAMILIES:
         backbone = family.describe(model)
         if backbone is not None:
-            return backbone
+            return backbone.within(model)
     kind = type(model)
     raise UnsupportedModelError(
         f"looked for one of: {'; '.join(family.LOOKS_FOR for family in _FAMILIES)}; or `blocks` "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, get_args
 
 from torch import Tensor, nn
@@ -130,6 +130,7 @@ class Backbone:
         pool_prefix: for ``"attention"``: whether the query sees prefix tokens too.
         class_layers: for ``"class_attention"``: number of those layers.
         recomputes: whether activations are recomputed in the backward pass just now.
+        regions: modules around blocks, which may be what is recomputed.
         alignment_reason: why shares cannot be followed to the output, or None if they can.
         vertical_reason: why a block cannot attend to more tokens than its own, or None if it can.
     """
@@ -145,6 +146,7 @@ class Backbone:
     pool_prefix: bool = True
     class_layers: int = 0
     recomputes: Callable[[], bool] = bool
+    regions: tuple[nn.Module, ...] = ()
     alignment_reason: Reason = None
     vertical_reason: Reason = None
 
@@ -213,6 +215,16 @@ class Backbone:
                         f"{type(model).__name__}, found a {type(found).__name__} that is not part "
                         "of it. The model was not changed."
                     )
+
+    def within(self, model: nn.Module) -> Backbone:
+        """The same, with the modules of the model that lie around its blocks."""
+        blocks = {block.module for block in self.blocks}
+        regions = (
+            part
+            for part in model.modules()
+            if part is not model and part not in blocks and not blocks.isdisjoint(part.modules())
+        )
+        return replace(self, regions=tuple(regions))
 
     def pool_shares(self, shares: Tensor, scores: Tensor | None = None) -> Tensor:
         """Shares of the representation that the classifier sees.

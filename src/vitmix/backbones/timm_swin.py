@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from vitmix.backbones.base import Backbone, Block, is_made_by
+from vitmix.backbones.staged import WINDOWED, average_reason
 from vitmix.backbones.timm_parts import grid_of
-from vitmix.backbones.windowed import WINDOWED, average_reason
 from vitmix.functional.grids import Grid
 from vitmix.functional.reach import Reach, windows
 

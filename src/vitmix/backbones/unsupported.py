@@ -20,7 +20,6 @@ _REASONS = {
     "HieraDet": f"{_WINDOWS} and {_STAGES}",
     "Levit": _STAGES,
     "LevitDistilled": _STAGES,
-    "MaxxVit": f"{_WINDOWS} and {_STAGES}",
     "MultiScaleVit": f"pooled attention and {_STAGES}",
     "Nest": f"{_WINDOWS} and {_STAGES}",
     "PoolingVisionTransformer": _STAGES,

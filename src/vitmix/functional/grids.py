@@ -1,7 +1,9 @@
 """Token grids of different sizes: shares are averaged on the way down, saliency is spread back.
 
 Where a model merges tokens or takes every other one, a token of the new grid stands for a cell of
-the old one. Both directions are products with one small matrix an axis.
+the old one. Convolutions between attentions, or inside a block, are treated like the MLP: shares
+stay with their position, and a strided one merges the tokens of its cell. Both directions are
+products with one small matrix an axis.
 """
 
 from __future__ import annotations

@@ -1,0 +1,40 @@
+"""Extra passes through parts of a model that leave nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+__all__ = ["aside"]
+
+
+@contextmanager
+def aside(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Let modules run once more without a trace in a training step.
+
+    Dropout draws what it would have drawn without the pass, and the running statistics of batch
+    normalisation stay as they are.
+
+    Args:
+        modules: what will run.
+        device: where it runs.
+    """
+    norms = [
+        part
+        for module in modules
+        for part in module.modules()
+        if isinstance(part, nn.modules.batchnorm._NormBase) and part.training
+    ]
+    statistics = [buffer for norm in norms for buffer in norm.buffers()]
+    before = [buffer.clone() for buffer in statistics]
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(statistics, before, strict=True):
+                buffer.copy_(value)
