@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 class Attention(nn.Module):
@@ -70,3 +71,46 @@ class FromEncoder(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.embed(images).flatten(2).transpose(1, 2) + self.position
         return self.head(self.encoder(x).mean(1))
+
+
+class Branch(nn.Module):
+    """Norm and attention of a layer; what goes in is added outside."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention(self.norm(x))
+
+
+class Pair(nn.Module):
+    """A layer of two branches, each added to what goes in."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attend = Branch(width, heads)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attend(x)
+        return x + self.mlp(x)
+
+
+class FromPairs(nn.Module):
+    """Layers that can be described as wholes, or by their attention branches."""
+
+    def __init__(self, size: int, patch: int, width: int, depth: int, classes: int) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, width, patch, patch)
+        self.position = nn.Parameter(torch.randn(1, (size // patch) ** 2, width))
+        self.layers = nn.ModuleList(Pair(width, 2) for _ in range(depth))
+        self.head = nn.Linear(width, classes)
+        self.checkpointing = False
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.embed(images).flatten(2).transpose(1, 2) + self.position
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False) if self.checkpointing else layer(x)
+        return self.head(x.mean(1))

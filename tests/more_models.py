@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -71,6 +72,40 @@ def make_torchvision() -> nn.Module:
     vit = torchvision.models.VisionTransformer(SIZE, 8, 4, 2, 32, 64, num_classes=NUM_CLASSES)
     nn.init.normal_(vit.heads.head.weight)  # it begins at zero
     return vit
+
+
+def make_vit_pytorch(name: str = "vit.ViT", **options: Any) -> nn.Module:
+    module, kind = name.split(".")
+    made: nn.Module = getattr(importlib.import_module(f"vit_pytorch.{module}"), kind)(
+        image_size=SIZE,
+        patch_size=8,
+        num_classes=NUM_CLASSES,
+        dim=32,
+        depth=4,
+        heads=2,
+        dim_head=16,
+        mlp_dim=64,
+        **options,
+    )
+    return made
+
+
+def make_vit_pytorch_cct() -> nn.Module:
+    from vit_pytorch.cct import CCT
+
+    return CCT(
+        img_size=SIZE,
+        embedding_dim=32,
+        n_conv_layers=2,
+        kernel_size=3,
+        stride=1,
+        padding=1,
+        num_layers=4,
+        num_heads=2,
+        mlp_ratio=1,
+        num_classes=NUM_CLASSES,
+        attention_dropout=0.0,
+    )
 
 
 MORE_FAMILIES: dict[str, Callable[[], nn.Module]] = {
@@ -161,6 +196,10 @@ MORE_FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "hf-dinov2-eager": partial(make_huggingface, "Dinov2", attention="eager", use_mask_token=False),
     "hf-dinov2-registers": partial(make_huggingface, "Dinov2WithRegisters", num_register_tokens=3),
     "hf-ijepa": partial(make_huggingface, "IJepa"),
+    "vit-pytorch": make_vit_pytorch,
+    "vit-pytorch-mean": partial(make_vit_pytorch, pool="mean"),
+    "vit-pytorch-simple": partial(make_vit_pytorch, "simple_vit.SimpleViT"),
+    "vit-pytorch-cct": make_vit_pytorch_cct,
     "hand-written": partial(HandWritten, SIZE, 8, 32, 4, NUM_CLASSES),
     "encoder-norm-first": partial(FromEncoder, SIZE, 8, 32, 4, NUM_CLASSES, norm_first=True),
     "encoder-norm-last": partial(FromEncoder, SIZE, 8, 32, 4, NUM_CLASSES, norm_first=False),

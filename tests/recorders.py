@@ -53,6 +53,13 @@ class CallRecorder:
                         )
                     )
 
+        if mixing.backbone.pool_scores is not None:
+            self._handles.append(
+                mixing.backbone.pool_scores.register_forward_hook(
+                    lambda m, a, o: setattr(self, "scores", o)
+                )
+            )
+
     def close(self) -> None:
         self._softmaxes.__exit__(None, None, None)
         for handle in self._handles:

@@ -64,6 +64,27 @@ def make_maxxvit(types: tuple[str, ...], depths: tuple[int, ...], **options: Any
     return MaxxVit(config, img_size=SIDE, num_classes=NUM_CLASSES)
 
 
+def make_torchvision_swin(version: str = "", window: int = 4) -> nn.Module:
+    from torchvision.models import swin_transformer as swin
+
+    return swin.SwinTransformer(
+        [4, 4],
+        16,
+        [2, 2, 2],
+        [1, 2, 4],
+        [window, window],
+        num_classes=NUM_CLASSES,
+        block=getattr(swin, f"SwinTransformerBlock{version}"),
+        downsample_layer=getattr(swin, f"PatchMerging{version}"),
+    )
+
+
+def make_torchvision_maxvit(side: int = SIDE, partition: int = 4) -> nn.Module:
+    from torchvision.models.maxvit import MaxVit
+
+    return MaxVit((side, side), 8, partition, [16, 32], [1, 2], 8, 0.0, num_classes=NUM_CLASSES)
+
+
 STAGED: dict[str, Staged] = {
     "swin": Staged(partial(make_swin, "swin_tiny_patch4_window7_224")),
     # 18, 9 and 5 tokens a side: windows and merging with padding.
@@ -75,6 +96,11 @@ STAGED: dict[str, Staged] = {
     "coatnet": Staged(partial(make_maxxvit, ("C", "T", "T"), (1, 2, 2), norm_layer="batchnorm2d")),
     "maxvit": Staged(partial(make_maxxvit, ("M", "M"), (1, 1))),
     "maxvit-nchw": Staged(partial(make_maxxvit, ("M", "M"), (1, 1), use_nchw_attn=True)),
+    "torchvision-swin": Staged(make_torchvision_swin),
+    # 16, 8 and 4 tokens a side in windows of 5, of which the last covers its grid.
+    "torchvision-swin-padded": Staged(partial(make_torchvision_swin, window=5)),
+    "torchvision-swin-v2": Staged(partial(make_torchvision_swin, "V2", 4)),
+    "torchvision-maxvit": Staged(make_torchvision_maxvit),
 }
 
 

@@ -30,6 +30,9 @@ EXPECTED = {
     "hf-dinov2": ("class_and_average", 1, True),
     "hf-dinov2-registers": ("class_and_average", 4, True),
     "hf-ijepa": ("average", 0, False),
+    "vit-pytorch": ("class_token", 1, True),
+    "vit-pytorch-mean": ("average_all", 0, False),
+    "vit-pytorch-simple": ("average_all", 0, False),
     "hand-written": ("class_token", 1, True),
     "encoder-norm-first": ("average", 0, False),
 }
@@ -95,6 +98,6 @@ def test_no_library_is_imported() -> None:
         "import sys, torch, vitmix\n"
         "try:\n    vitmix.describe(torch.nn.Linear(1, 1))\n"
         "except vitmix.UnsupportedModelError as error:\n    assert 'Linear' in str(error)\n"
-        "assert not {'timm', 'transformers', 'torchvision'} & set(sys.modules)\n"
+        "assert not {'timm', 'transformers', 'torchvision', 'vit_pytorch'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

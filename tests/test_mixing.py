@@ -367,8 +367,9 @@ def test_unsupported_models_are_refused_untouched() -> None:
     ]
     for model in models:
         keys = list(model.state_dict())
-        with pytest.raises(vitmix.UnsupportedModelError, match=r"(?i)looked for .* found"):
-            vitmix.MixingModel(model, num_classes=NUM_CLASSES)
+        for options in ({"labels": vitmix.TokenAlignedLabels()}, {"tokens": [horizontal()]}):
+            with pytest.raises(vitmix.UnsupportedModelError, match=r"(?i)looked for .* found"):
+                vitmix.MixingModel(model, num_classes=NUM_CLASSES, **options)
         assert hooks(model) == 0
         assert list(model.state_dict()) == keys
     with pytest.raises(vitmix.UnsupportedModelError, match="pooling"):
@@ -377,6 +378,17 @@ def test_unsupported_models_are_refused_untouched() -> None:
             labels=vitmix.TokenAlignedLabels(),
             num_classes=NUM_CLASSES,
         )
+
+
+@pytest.mark.parametrize("method", ["none", "mixup", "cutmix", "tokenmix", "tokenmix-teacher"])
+def test_pixels_of_any_classifier_can_be_mixed(method: str) -> None:
+    convolutions = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, NUM_CLASSES)
+    )
+    mixing = vitmix.MixingModel(convolutions, num_classes=NUM_CLASSES, **METHODS[method]())
+    out = mixing.train()(*batch())
+    torch.testing.assert_close(out.targets.sum(1), torch.ones(len(out.targets)))
+    out.loss().backward()
 
 
 def test_a_block_without_attention_is_an_error() -> None:

@@ -254,6 +254,7 @@ def test_tokens_reach_what_the_table_says(family: str) -> None:
         if reach.windows is None:
             continue
         flat = block.flatten(args[0])
+        spreads = False
         for token in (0, flat.shape[1] // 2 + 1, flat.shape[1] - 1):
             changed = flat.clone()
             changed[:, token] += torch.randn_like(changed[:, token])
@@ -269,7 +270,8 @@ def test_tokens_reach_what_the_table_says(family: str) -> None:
             allowed = torch.zeros_like(moved)
             allowed[window[window < len(moved)]] = True
             assert not (moved & ~allowed).any()
-            assert moved.sum() > 1 or allowed.sum() == 1
+            spreads |= bool(moved.sum() > 1)
+        assert spreads  # one token alone may see nothing but padding
 
 
 # The contract.

@@ -17,6 +17,7 @@ from vitmix.labels import (
     TeacherLabels,
     TokenAlignedLabels,
 )
+from vitmix.maps import TeacherMaps, store_maps
 from vitmix.mixing import MixingModel, MixOutput, MixTrace
 from vitmix.pixels import CutMix, Mixup, OneOf, PixelMix, PixelPlan, TokenMix
 from vitmix.teacher import ActivationMaps
@@ -46,6 +47,7 @@ __all__ = [
     "PixelMix",
     "PixelPlan",
     "TeacherLabels",
+    "TeacherMaps",
     "TokenAlignedLabels",
     "TokenMix",
     "TokenStage",
@@ -56,4 +58,5 @@ __all__ = [
     "describe",
     "functional",
     "models",
+    "store_maps",
 ]

@@ -1,4 +1,4 @@
-"""The command line: ``vitmix train | evaluate | export | recipes | compare | demo``.
+"""The command line: ``vitmix train | evaluate | export | recipes | compare | models | demo``.
 
 Only the standard library is imported here; each command imports what it needs when it runs.
 """
@@ -210,6 +210,55 @@ def _compare(options: Any) -> None:
     print(f"report  {comparison.report}")
 
 
+def _configure_models(parser: Parser) -> None:
+    parser.add("pattern", str, "*", "name, or a pattern such as 'vit_*'; all by default")
+
+
+def _models(options: Any) -> None:
+    from vitmix.survey import model_names, survey_model, table_row
+
+    names = model_names(options["pattern"])
+    if not names:
+        raise InputError(
+            f"expected the name of a model of vitmix or timm or a pattern that fits some, "
+            f"got {options['pattern']!r}"
+        )
+    if len(names) == 1:
+        print(survey_model(names[0]).details())
+        return
+    for name in names:
+        print(table_row(survey_model(name)), flush=True)
+
+
+def _configure_teach(parser: Parser) -> None:
+    from vitmix.train.config import TEACH_OPTIONS, TrainConfig
+
+    parser.add("--model", str | None, None, "teacher: a timm name, with its pretrained weights")
+    parser.add(
+        "--checkpoint",
+        str | None,
+        None,
+        "teacher: a run folder or checkpoint; with --model, a file of that model's weights",
+    )
+    parser.add("--out", str, "maps", "folder of the maps; one that was begun goes on")
+    parser.add_config(TrainConfig, only=TEACH_OPTIONS)
+
+
+def _teach(options: Any) -> None:
+    from vitmix.train.config import TrainConfig
+
+    model, checkpoint, out = (options.pop(name) for name in ("model", "checkpoint", "out"))
+    config = TrainConfig.from_dict(options)
+    config.validate()
+    if model is None and checkpoint is None:
+        raise InputError("expected a teacher, --model NAME or --checkpoint FILE, got neither")
+    from vitmix.train.teaching import teach
+
+    maps = teach(config, out, model=model, checkpoint=checkpoint)
+    rows, columns = maps.grid
+    print(f"{len(maps)} maps of {rows}x{columns} in {maps.folder}")
+
+
 def _configure_recipes(parser: Parser) -> None:
     parser.add("pattern", str | None, None, "show one recipe, or list those that have this in them")
     parser.add("--markdown", bool, False, "print the page of all recipes: docs/recipes.md")
@@ -269,6 +318,18 @@ COMMANDS: dict[str, Command] = {
         "vitmix compare --data digits --methods none,cutmix,tl-align --seeds 3 --epochs 10",
         _configure_compare,
         _compare,
+    ),
+    "models": Command(
+        "say which registered models are supported, and with which stages",
+        "vitmix models 'swin*'",
+        _configure_models,
+        _models,
+    ),
+    "teach": Command(
+        "store a teacher's activation maps of a data set, for tokenmix",
+        "vitmix teach --data path/to/folder --checkpoint runs/plain --out maps",
+        _configure_teach,
+        _teach,
     ),
     "demo": Command(
         "compare five methods on handwritten digits and write one HTML page",

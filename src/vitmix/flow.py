@@ -36,6 +36,7 @@ from vitmix.functional.vertical import salient_indices, take_tokens
 from vitmix.replay import (
     BlockRecord,
     Replay,
+    add_to_tokens,
     call_after_backward,
     first_tokens,
     unseen_by_checkpoint,
@@ -189,12 +190,11 @@ class Flow:
             tokens = self._mix(stage, draws, tokens, index, run)
         self._index, self._tokens = index, tokens
         self._reach = self.backbone.reach(index, self._grid)
-        self._added = tokens - before if block.skip_outside and tokens is not before else None
         self._saliency, self._appended = None, None
         self._attended, self._attentions = [], 0
-        if tokens is not before:
-            given = block.restore(tokens, given)
-        return (given, *args[1:]), kwargs
+        mixed = given if tokens is before else block.restore(tokens, given)
+        self._added = mixed - given if block.skip_outside and mixed is not given else None
+        return (mixed, *args[1:]), kwargs
 
     def _move_to(self, grid: Grid) -> None:
         """Follow tokens that were merged, or left out, on the way to a coarser grid."""
@@ -259,7 +259,7 @@ class Flow:
         self._move_shares(block)
         self._passed.append(index)
         self._index = None
-        return None if self._added is None else output + self._added
+        return None if self._added is None else add_to_tokens(output, self._added)
 
     def _move_shares(self, block: Block) -> None:
         """Half of what a token was, half of what it attended to (TL-Align)."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vitmix.aside import aside
 from vitmix.backbones import Backbone
 from vitmix.functional.targets import soft_cross_entropy
+from vitmix.replay import add_to_tokens
 
 __all__ = ["gradient_saliency", "logits_of"]
 
@@ -38,13 +39,20 @@ def gradient_saliency(
     Returns:
         ``(B, N)`` float32.
     """
+    block = backbone.blocks[index]
     leaves: list[Tensor] = []
 
     def cut(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         leaves.append(args[0].detach().requires_grad_())
         return (leaves[0], *args[1:])
 
-    handle = backbone.blocks[index].module.register_forward_pre_hook(cut)
+    def join(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Lead the gradient past a block whose tokens are added to its result outside."""
+        return add_to_tokens(output, leaves[0] - leaves[0].detach())
+
+    handles = [block.module.register_forward_pre_hook(cut)]
+    if block.skip_outside:
+        handles.append(block.module.register_forward_hook(join))
     try:
         with aside([model], images.device), torch.enable_grad():
             logits = logits_of(model(images))
@@ -52,8 +60,9 @@ def gradient_saliency(
             loss = soft_cross_entropy(logits, targets)
             (gradient,) = torch.autograd.grad(loss, leaves)
     finally:
-        handle.remove()
-    tokens = backbone.blocks[index].flatten(gradient)
+        for handle in handles:
+            handle.remove()
+    tokens = block.flatten(gradient)
     norms: Tensor = tokens.float().norm(dim=-1)[:, backbone.num_prefix_tokens :]
     total: Tensor = norms.sum(1, keepdim=True)
     return norms / total.clamp_min(torch.finfo(norms.dtype).tiny)

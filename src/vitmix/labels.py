@@ -6,6 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from vitmix.functional.alignment import pooled_shares
 from vitmix.functional.mixture import Mixture
 from vitmix.functional.pixel_plan import PixelPlan
 from vitmix.functional.targets import activation_weight
+from vitmix.maps import TeacherMaps
 from vitmix.teacher import ActivationMaps
 
 __all__ = [
@@ -41,6 +43,7 @@ class LabelEvidence:
         images: ``(B, C, H, W)`` before mixing.
         classes: ``(B,)`` class of each image before mixing.
         pixels: the plan of the pixel stage, or None.
+        maps: activation maps of the images that were given to the step, or None.
         attention: ``(B, N)`` saliency of the block that the rule asked for, or None.
         pooled_shares: ``(B, K)`` shares of what the classifier sees, or None.
     """
@@ -51,6 +54,7 @@ class LabelEvidence:
     images: Tensor
     classes: Tensor
     pixels: PixelPlan | None
+    maps: Tensor | None = None
     attention: Tensor | None = None
     pooled_shares: Tensor | None = None
 
@@ -72,10 +76,12 @@ class LabelRule(ABC):
         follows_shares: whether shares are to be carried through every attention layer. The weights
             then cover what token stages did, too.
         attention_block: block whose saliency the rule needs, negative from the end, or None.
+        needs_maps: whether each step has to be given maps of its images.
     """
 
     follows_shares: bool = False
     attention_block: int | None = None
+    needs_maps: bool = False
 
     @abstractmethod
     def weights(self, evidence: LabelEvidence) -> Tensor:
@@ -147,8 +153,13 @@ class TokenAlignedLabels(LabelRule):
 class TeacherLabels(LabelRule):
     """Weights are the teacher's activation that is still visible (TokenMix, ECCV 2022, Sec. 3).
 
-    The teacher sees the augmented images before mixing, without gradient and in evaluation mode. It
-    is not part of the model: it is neither trained nor saved with it, and copies share it.
+    With ``teacher`` it sees the augmented images before mixing, without gradient and in evaluation
+    mode. It is not part of the model: it is neither trained nor saved with it, and copies share it.
+
+    With ``maps`` it has seen every image before (``vitmix teach``), and a step costs no more than
+    with area labels. Each step is then given ``mixing(images, targets, maps=...)``: either the rows
+    of the images in ``maps`` ``(B,)``, if the images are as they were, or the maps themselves
+    ``(B, h, w)`` after the same crops and flips.
 
     Args:
         teacher: a classifier of the same classes (see :class:`vitmix.teacher.ActivationMaps`), or a
@@ -156,19 +167,36 @@ class TeacherLabels(LabelRule):
             of at least 0.
         normalise: divide the two weights by their sum. False gives the released code's targets,
             whose rows sum to anything from about 0.5 to 1.5.
+        maps: stored maps, or their folder, instead of a teacher.
 
     Raises:
-        InputError: not a module or a function.
+        InputError: not a module, a function or stored maps, or not exactly one of them.
     """
 
     def __init__(
-        self, teacher: nn.Module | Callable[[Tensor, Tensor], Tensor], normalise: bool = True
+        self,
+        teacher: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
+        normalise: bool = True,
+        *,
+        maps: TeacherMaps | str | Path | None = None,
     ) -> None:
-        if not callable(teacher):
+        if (teacher is None) == (maps is None):
             raise InputError(
-                f"expected a classifier or a function as teacher, got {type(teacher).__name__}"
+                "expected either a teacher or stored maps, got "
+                + ("neither" if maps is None else "both")
             )
-        self.maps = ActivationMaps(teacher) if isinstance(teacher, nn.Module) else teacher
+        if isinstance(maps, str | Path):
+            maps = TeacherMaps(maps)
+        if not (isinstance(maps, TeacherMaps) if teacher is None else callable(teacher)):
+            kind, got = ("stored maps", maps) if teacher is None else ("teacher", teacher)
+            raise InputError(
+                "expected a classifier or a function as teacher, or a folder of maps, "
+                f"got {type(got).__name__} as {kind}"
+            )
+        self.needs_maps = maps is not None
+        self.maps: Any = ActivationMaps(teacher) if isinstance(teacher, nn.Module) else teacher
+        if maps is not None:
+            self.maps = maps
         self.normalise = normalise
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TeacherLabels:
@@ -183,8 +211,7 @@ class TeacherLabels(LabelRule):
             return evidence.area
         plan = evidence.pixels
         with torch.no_grad():
-            maps = self.maps(evidence.images, evidence.classes).float()
-            maps = _resample(maps, evidence.grid)
+            maps = _resample(self._maps(evidence).float(), evidence.grid)
             mask = 1 - plan.cells(evidence.grid).expand(len(maps), -1, -1)
             own, partner = activation_weight(maps, maps[plan.partner], mask)
         weights = torch.stack((own, partner), 1)
@@ -192,6 +219,18 @@ class TeacherLabels(LabelRule):
             return weights
         total = weights.sum(1, keepdim=True)
         return torch.where(total > 0, weights / total, evidence.area)
+
+    def _maps(self, evidence: LabelEvidence) -> Tensor:
+        """``(B, h, w)`` maps of the images before mixing."""
+        if not self.needs_maps:
+            maps: Tensor = self.maps(evidence.images, evidence.classes)
+            return maps
+        if evidence.maps is None:
+            raise InputError("expected maps of the images as evidence, got none")
+        given = evidence.maps
+        if given.ndim == 1:
+            given = self.maps[given]
+        return given.to(evidence.images.device, non_blocking=True)
 
 
 def _resample(maps: Tensor, grid: tuple[int, int]) -> Tensor:

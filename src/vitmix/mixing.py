@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitmix.backbones import Backbone, describe
+from vitmix.backbones import Backbone, describe, describe_pixels
 from vitmix.errors import InputError, UnsupportedModelError
 from vitmix.flow import Flow
 from vitmix.functional.horizontal import HorizontalPlan
@@ -94,10 +94,11 @@ class MixOutput:
 class MixingModel(nn.Module):
     """Train an unmodified vision transformer with mixed images, tokens and labels.
 
-    The three stages combine freely. ``mixing(images, targets)`` in training mode mixes and returns
-    a :class:`MixOutput`; in evaluation mode it mixes nothing, and ``mixing(images)`` is exactly
-    ``model(images)``. The model keeps its class and its parameter names; between calls it carries
-    no hook. Parameters of the stages (ScoreNet) belong to this module.
+    The three stages combine freely. Pixel stages with area or teacher labels work on any
+    classifier, convolutional networks too. ``mixing(images, targets)`` in training mode mixes and
+    returns a :class:`MixOutput`; in evaluation mode it mixes nothing, and ``mixing(images)`` is
+    exactly ``model(images)``. The model keeps its class and its parameter names; between calls it
+    carries no hook. Parameters of the stages (ScoreNet) belong to this module.
 
     Args:
         model: a model that :func:`vitmix.describe` supports.
@@ -153,7 +154,8 @@ class MixingModel(nn.Module):
             raise InputError(f"expected `label_smoothing` in [0, 1), got {label_smoothing}")
         _require_kind("backbone", backbone, (Backbone, type(None)))
         if backbone is None:
-            backbone = describe(model)
+            only_pixels = not tokens and labels.known_before_forward
+            backbone = describe_pixels(model) if only_pixels else describe(model)
         backbone.require_part_of(model)
         for stage in tokens:
             _require_kind("tokens", stage, (TokenStage,))
@@ -242,12 +244,16 @@ class MixingModel(nn.Module):
                 replay.remove()
         self._replays = [replay for replay in self._replays if not replay.over]
 
-    def forward(self, images: Tensor, targets: Tensor | None = None) -> Any:
+    def forward(
+        self, images: Tensor, targets: Tensor | None = None, *, maps: Tensor | None = None
+    ) -> Any:
         """Mix and run the model.
 
         Args:
             images: ``(B, C, H, W)`` as the model takes them.
             targets: ``(B,)`` class indices or ``(B, C)`` soft labels; only evaluation goes without.
+            maps: for ``TeacherLabels(maps=...)`` in training: activation maps of the images
+                ``(B, h, w)``, or their rows in the stored maps ``(B,)`` int64.
 
         Returns:
             A :class:`MixOutput`; in evaluation mode without targets, what the model returns.
@@ -272,11 +278,14 @@ class MixingModel(nn.Module):
                 "expected images (B, C, H, W) and as many targets, "
                 f"got {tuple(images.shape)} and {tuple(targets.shape)}"
             )
+        self._require_maps(maps, len(images))
         soft = smooth_targets(targets, self.num_classes, self.label_smoothing)
         classes = targets if targets.ndim == 1 else targets.argmax(1)
-        return self._train_step(images, soft, classes)
+        return self._train_step(images, soft, classes, maps)
 
-    def _train_step(self, images: Tensor, soft: Tensor, classes: Tensor) -> MixOutput:
+    def _train_step(
+        self, images: Tensor, soft: Tensor, classes: Tensor, maps: Tensor | None
+    ) -> MixOutput:
         prefix = self.backbone.num_prefix_tokens
         size = (int(images.shape[2]), int(images.shape[3]))
         grid = self.backbone.grid(size)
@@ -289,7 +298,7 @@ class MixingModel(nn.Module):
         else:
             mixture = Mixture.unmixed(len(images), prefix + grid[0] * grid[1], images.device)
         mixture, soft = self._over_processes(mixture, soft)
-        evidence = LabelEvidence(mixture, prefix, grid, images, classes, plan)
+        evidence = LabelEvidence(mixture, prefix, grid, images, classes, plan, maps)
         # Token stages need labels before the pass is over: by the area, where the rule's own
         # weights are only known afterwards.
         first_rule = self.labels if self.labels.known_before_forward else AreaLabels()
@@ -366,6 +375,23 @@ class MixingModel(nn.Module):
             ),
             recomputes=self.backbone.recomputes() and torch.is_grad_enabled(),
         )
+
+    def _require_maps(self, maps: Tensor | None, count: int) -> None:
+        rule = type(self.labels).__name__
+        if (maps is not None) != self.labels.needs_maps:
+            raise InputError(
+                f"expected `maps` in each step for the stored maps of {rule}, got none"
+                if maps is None
+                else f"expected no `maps`, which {rule} has no use for; leave them out"
+            )
+        if maps is None:
+            return
+        rows = maps.ndim == 1 and not maps.is_floating_point()
+        if len(maps) != count or not (rows or maps.ndim == 3):
+            raise InputError(
+                f"expected `maps` ({count}, h, w), or rows ({count},) of whole numbers, "
+                f"got {tuple(maps.shape)} {maps.dtype}"
+            )
 
     def _require_logits(self, logits: Any) -> None:
         for head in logits if isinstance(logits, tuple) else (logits,):

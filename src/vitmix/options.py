@@ -54,6 +54,8 @@ class Parser:
     ) -> None:
         """Add an option (``--name``) or, without dashes, a positional argument.
 
+        A positional argument with a default may be left out.
+
         Args:
             name: as the user types it.
             kind: type of the value.
@@ -69,8 +71,10 @@ class Parser:
             target = self.groups[group]
         shown = "" if default is None else f" [{_plain(default)}]"
         if not name.startswith("-"):
-            optional = type(None) in typing.get_args(kind)
-            target.add_argument(name, type=kind, help=text, nargs="?" if optional else None)
+            may_lack: dict[str, Any] = {}
+            if default is not None or type(None) in typing.get_args(kind):
+                may_lack = {"nargs": "?", "default": default}
+            target.add_argument(name, type=kind, help=text + shown, **may_lack)
         elif kind is bool:
             # A bare switch is true; `--model-ema false` is understood as well.
             target.add_argument(
@@ -94,6 +98,7 @@ class Parser:
         self,
         config: type,
         leave_out: tuple[str, ...] = (),
+        only: tuple[str, ...] | None = None,
         base: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> None:
         """Add ``--config`` and every field of a dataclass made of ``option`` fields.
@@ -101,6 +106,7 @@ class Parser:
         Args:
             config: the dataclass.
             leave_out: fields that are no options of this command.
+            only: the fields that are; all by default.
             base: gives the defaults of what the user chose.
         """
         self.base = base
@@ -110,7 +116,7 @@ class Parser:
         self.names.append("--config")
         hints = typing.get_type_hints(config)
         for field in fields(config):
-            if field.name not in leave_out:
+            if field.name not in leave_out and (only is None or field.name in only):
                 self.add(
                     "--" + field.name.replace("_", "-"),
                     hints[field.name],

@@ -217,6 +217,11 @@ class TokenMix(PixelMix):
         min_block_tokens: least size of a rectangle; see :func:`vitmix.functional.block_mask`.
         extra_tokens: tokens added to the number to be replaced (released setting: 14).
         lam: a fixed share of the own image instead of a draw (released setting: 0.5).
+        patch: side of a cell of the mask in pixels; that of the model's tokens by default. Models
+            with tokens of 4 pixels (Swin) may want 16.
+
+    Raises:
+        InputError: a parameter outside its range.
 
     Example:
         >>> plan = TokenMix().plan(4, (224, 224), grid=(14, 14))
@@ -234,8 +239,11 @@ class TokenMix(PixelMix):
         min_block_tokens: int | None = None,
         extra_tokens: int = 0,
         lam: float | None = None,
+        patch: int | None = None,
     ) -> None:
         super().__init__(alpha, prob, draw, pairing)
+        if patch is not None and patch < 1:
+            raise InputError(f"expected `patch` of at least 1 pixel, got {patch}")
         if mask not in ("block", "random", "box"):
             raise InputError(f"expected `mask` 'block', 'random' or 'box', got {mask!r}")
         if min_block_tokens is not None and min_block_tokens < 1:
@@ -248,6 +256,7 @@ class TokenMix(PixelMix):
         self.min_block_tokens = min_block_tokens
         self.extra_tokens = extra_tokens
         self.fixed_lam = lam
+        self.patch = patch
 
     @classmethod
     def released(cls, prob: float = 1.0) -> TokenMix:
@@ -258,6 +267,8 @@ class TokenMix(PixelMix):
         self, count: int, size: Size, grid: Size | None, rng: np.random.Generator
     ) -> tuple[np.ndarray, bool]:
         """Draw masks on the token grid."""
+        if self.patch is not None:
+            grid = (max(1, size[0] // self.patch), max(1, size[1] // self.patch))
         lams = self._lam(count, rng)
         if self.fixed_lam is not None:
             lams = np.where(lams < 1.0, self.fixed_lam, 1.0)

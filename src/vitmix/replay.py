@@ -23,6 +23,7 @@ from vitmix.tokens import TokenOutcome
 __all__ = [
     "BlockRecord",
     "Replay",
+    "add_to_tokens",
     "call_after_backward",
     "first_tokens",
     "unseen_by_checkpoint",
@@ -130,19 +131,20 @@ class Replay:
         follows = self._left is not None and self._left == index - 1
         if not _is_one_of(args[0], record.entered):
             if not follows and not self._around:
-                self._index = self._left = None
+                self._index = self._left = self._added = None
                 return None
             record.entered.append(TensorWeakRef(args[0]))
         self._index, self._left = index, None
         block, given = self._backbone.blocks[index], args[0]
-        tokens = before = block.flatten(given)
+        tokens = block.flatten(given)
         self._own, self._added = tokens.shape[1], None
         if record.outcomes:
             with unseen_by_checkpoint():
                 for outcome in record.outcomes:
                     tokens = outcome.mix_tokens(tokens, self._backbone.num_prefix_tokens)
-            given = block.restore(tokens, given)
-            self._added = tokens - before if block.skip_outside else None
+            mixed = block.restore(tokens, given)
+            self._added = mixed - given if block.skip_outside else None
+            given = mixed
         return (given, *args[1:]), kwargs
 
     def _append(
@@ -164,7 +166,14 @@ class Replay:
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         self._index, self._left = None, self._index
-        return None if self._added is None else output + self._added
+        return None if self._added is None else add_to_tokens(output, self._added)
+
+
+def add_to_tokens(output: Any, added: Tensor) -> Any:
+    """Add to what a block returns, which may be a tuple that starts with its tokens."""
+    if isinstance(output, tuple):
+        return (output[0] + added, *output[1:])
+    return output + added
 
 
 def _is_one_of(given: object, references: list[TensorWeakRef]) -> bool:

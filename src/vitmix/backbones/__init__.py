@@ -17,14 +17,17 @@ from vitmix.backbones import (
     timm_position,
     timm_swin,
     timm_vit,
+    torchvision_maxvit,
+    torchvision_swin,
     torchvision_vit,
     unsupported,
+    vit_pytorch,
 )
 from vitmix.backbones.base import Backbone, Block, Family, Pooling, Reason
 from vitmix.backbones.custom import Grid, describe_by_hand
 from vitmix.errors import InputError, UnsupportedModelError
 
-__all__ = ["Backbone", "Block", "describe"]
+__all__ = ["Backbone", "Block", "describe", "describe_pixels"]
 
 _FAMILIES: tuple[Family, ...] = (
     cct,
@@ -34,6 +37,9 @@ _FAMILIES: tuple[Family, ...] = (
     timm_maxxvit,
     huggingface,
     torchvision_vit,
+    torchvision_swin,
+    torchvision_maxvit,
+    vit_pytorch,
 )
 
 
@@ -121,3 +127,27 @@ def describe(
         f"{unsupported.explain(model)} with children "
         f"{[name for name, _ in model.named_children()]}. The model was not changed."
     )
+
+
+def describe_pixels(model: nn.Module) -> Backbone:
+    """Describe a model whose tokens nobody will look at.
+
+    A model that :func:`describe` refuses gets a description without blocks, with cells of 16 x 16
+    pixels for masks of tokens.
+    """
+    try:
+        return describe(model)
+    except UnsupportedModelError:
+        return Backbone(
+            family=type(model).__name__,
+            blocks=(),
+            embed_dim=0,
+            num_prefix_tokens=0,
+            class_token=False,
+            pooling="average",
+            grid=_sixteenths,
+        )
+
+
+def _sixteenths(size: tuple[int, int]) -> tuple[int, int]:
+    return max(1, size[0] // 16), max(1, size[1] // 16)

@@ -108,9 +108,9 @@ class Block:
         return flat
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Backbone:
-    """What was found in a model.
+    """What was found in a model; :meth:`summary` says it in words.
 
     Attributes:
         family: name of the family, e.g. ``"timm VisionTransformer"``.
@@ -149,6 +149,57 @@ class Backbone:
     regions: tuple[nn.Module, ...] = ()
     alignment_reason: Reason = None
     vertical_reason: Reason = None
+
+    def __repr__(self) -> str:
+        return f"Backbone({self.family!r}, {self.depth} blocks, pooling={self.pooling!r})"
+
+    @property
+    def support(self) -> dict[str, Reason]:
+        """For each label rule and token stage, why it cannot be used; None where it can."""
+        return {
+            "area": None,
+            "teacher": None,
+            "attention": None,
+            "aligned": self.alignment_reason,
+            "horizontal": None,
+            "manifold": None,
+            "vertical": self.vertical_reason,
+        }
+
+    def summary(self, size: tuple[int, int]) -> str:
+        """Blocks, tokens, attention, pooling and what is supported, in words.
+
+        Args:
+            size: height and width of an input in pixels.
+        """
+        first = self.grid(size)
+        prefix = f"{self.num_prefix_tokens}" if self.num_prefix_tokens else "none"
+        lines = [
+            f"{self.family}, {size[0]} x {size[1]} pixels",
+            f"  prefix      {prefix}{', the first a class token' if self.class_token else ''}",
+            f"  pooling     {self.pooling.replace('_', ' ')}",
+        ]
+        for stage, members in self._stages():
+            rows, columns = self.block_grid(members[0], first)
+            attention = " and ".join(
+                dict.fromkeys(self.reach(index, (rows, columns)).kind for index in members)
+            )
+            blocks = f"{members[0]}" + (f" to {members[-1]}" if len(members) > 1 else "")
+            lines.append(
+                f"  blocks      {blocks}: {rows} x {columns} tokens of {stage[1]} channels, "
+                f"attention {attention}"
+            )
+        for name, reason in self.support.items():
+            lines.append(f"  {name:<11} {'yes' if reason is None else f'no: {reason}'}")
+        return "\n".join(lines)
+
+    def _stages(self) -> list[tuple[tuple[int, int], list[int]]]:
+        stages: list[tuple[tuple[int, int], list[int]]] = []
+        for index in range(self.depth):
+            if not stages or stages[-1][0] != self.stage(index):
+                stages.append((self.stage(index), []))
+            stages[-1][1].append(index)
+        return stages
 
     @property
     def depth(self) -> int:
@@ -189,8 +240,15 @@ class Backbone:
         """Check that attention can be rolled out from one block to another.
 
         Raises:
-            UnsupportedModelError: tokens are merged on the way, or attention is not global.
+            UnsupportedModelError: tokens are merged on the way, attention is not global, or blocks
+                are no more than their attention.
         """
+        if any(block.skip_outside for block in self.blocks[first : last + 1]):
+            raise UnsupportedModelError(
+                f"looked for whole blocks from {first} to {last} of {self.family} for a rollout, "
+                "found attention whose tokens are added and whose MLP is called outside of it. "
+                "Use saliency='attention'. The model was not changed."
+            )
         stages = {self.stage(index) for index in range(first, last + 1)}
         if len(stages) > 1 or any(block.reach for block in self.blocks[first : last + 1]):
             raise UnsupportedModelError(

@@ -159,8 +159,9 @@ def _try_method(config: TrainConfig, data: ImageData) -> None:
     model = make_model(config, len(data.classes), data.img_size)
     teacher = model if method_of(config).needs_teacher else None
     mixing = build_mixing(
-        model, config, num_classes=len(data.classes), img_size=data.img_size, teacher=teacher
-    )
+        model, config, num_classes=len(data.classes), img_size=data.img_size, teacher=teacher,
+        maps=data.maps,
+    )  # fmt: skip
     try_step(mixing, data)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
 __all__ = ["no_autocast", "wide"]
 
 
-def no_autocast(like: Tensor) -> torch.autocast:
+def no_autocast(like: Tensor) -> AbstractContextManager[object]:
     """Context in which products of float32 tensors on the device of ``like`` stay float32."""
+    if like.device.type == "meta":  # shapes without numbers know no autocast
+        return nullcontext()
     return torch.autocast(like.device.type, enabled=False)
 
 

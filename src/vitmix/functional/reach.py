@@ -88,9 +88,13 @@ class Reach:
     queries: Grid | None = None
 
     @property
-    def is_global(self) -> bool:
-        """Whether all tokens attend to all tokens."""
-        return self.windows is None and self.keys is None and self.queries is None
+    def kind(self) -> str:
+        """Name of the attention, for people."""
+        if self.windows is not None:
+            return f"within windows of {self.windows.shape[1]}"
+        if self.keys is not None:
+            return f"to {self.keys[0]} x {self.keys[1]} keys"
+        return "global"
 
     @property
     def result_grid(self) -> Grid:

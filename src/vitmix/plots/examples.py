@@ -55,10 +55,12 @@ def collect_examples(task: MixingTask, data: ImageData, count: int = 4) -> list[
     for _ in range(count):
         rows = torch.randperm(len(images), generator=generator)[:size]
         labels = data.train.labels[rows].to(device)
-        batch = task.augment(images[rows].to(device))
+        maps = data.maps_of(rows) if mixing.labels.needs_maps else None
+        batch, maps = task.augment.with_maps(images[rows].to(device), maps)
         best: tuple[float, Example] | None = None
         for _ in range(3):  # draws are often one for a whole batch
-            found = _most_mixed(mixing(batch, labels), batch, labels, data, config.smoothing)
+            out = mixing(batch, labels, maps=maps)
+            found = _most_mixed(out, batch, labels, data, config.smoothing)
             if found is not None and (best is None or found[0] > best[0]):
                 best = found
         if best is not None:

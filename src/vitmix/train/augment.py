@@ -152,6 +152,16 @@ class BatchAugment:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Augment ``(B, 3, H, W)`` uint8 images; returns normalised floats."""
+        return self.with_maps(images, None)[0]
+
+    def with_maps(self, images: Tensor, maps: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Augment images and move maps of them ``(B, h, w)`` uint8 along with their pixels.
+
+        The maps come back on the images' raster, ``(B, H, W)`` uint8.
+        """
+        if maps is not None:
+            size = (int(images.shape[2]), int(images.shape[3]))
+            images = torch.cat((images, enlarge(maps.to(images.device), size)), 1)
         if self.scale is not None:
             images = random_resized_crop(
                 images, self.scale, self.ratio, self.interpolation, self.generator
@@ -160,4 +170,14 @@ class BatchAugment:
         images = random_flip(images, self.hflip, self.generator)
         if self.policy is not None:
             images = self.policy(images, self.generator)
-        return random_erase(normalise(images, self.mean, self.std), self.reprob, self.generator)
+        pixels = normalise(images[:, :3], self.mean, self.std)
+        moved = None if maps is None else images[:, 3]
+        return random_erase(pixels, self.reprob, self.generator), moved
+
+
+def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps ``(B, h, w)`` uint8 as a channel of images of this size, ``(B, 1, H, W)``."""
+    if tuple(maps.shape[1:]) == size:
+        return maps[:, None]
+    larger = F.interpolate(maps[:, None].float(), size, mode="bilinear")
+    return larger.round_().to(torch.uint8)

@@ -17,13 +17,20 @@ from vitmix.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Device", "Interpolation", "Precision", "TrainConfig", "suggest"]
+__all__ = ["TEACH_OPTIONS", "Device", "Interpolation", "Precision", "TrainConfig", "suggest"]
 
 T = TypeVar("T")
 Precision = Literal["fp32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Interpolation = Literal["bicubic", "bilinear"]
 Stages = dict[str, Any] | list[Any] | str  # a name, {name: ..., argument: ...}, or several of them
+
+
+# Settings of a run that mean the same to `vitmix teach`.
+TEACH_OPTIONS = (
+    "data", "data_root", "download", "label_column", "skip_corrupt", "img_size", "mean", "std",
+    "workers", "batch_size", "device", "threads",
+)  # fmt: skip
 
 
 def option(group: str, default: T, text: str, count: int | None = None) -> T:
@@ -179,6 +186,9 @@ class TrainConfig:
         "auto",
         "teacher of tokenmix: auto (trains a plain model first), a checkpoint, or a timm name",
     )
+    teacher_maps: str | None = option(
+        "Method", None, "folder that vitmix teach made: its maps instead of a teacher"
+    )
 
     epochs: int = option("Optimisation", 10, "passes over the training data")
     max_steps: int | None = option("Optimisation", None, "stop after so many steps (a dry run)")
@@ -273,6 +283,8 @@ class TrainConfig:
         for name in ("test_share", "val_share"):
             if getattr(self, name) == 0:
                 raise InputError(f"expected {_dashed(name)} to be greater than 0, got 0")
+        if self.teacher_maps is not None and self.teacher != "auto":
+            raise InputError("expected either --teacher or --teacher-maps, got both")
         if self.val_share is not None and self.test_split is not None:
             raise InputError(
                 "expected either --val-share or --test-split to say what to test on, got both"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vitmix.errors import InputError
+from vitmix.maps import TeacherMaps
 from vitmix.train.decoding import (
     DECODE_ERRORS,
     CorruptImageError,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from vitmix.train.config import TrainConfig
 
-__all__ = ["ImageData", "Split", "load_data"]
+__all__ = ["ImageData", "Split", "find_source", "image_side", "load_data"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -43,6 +44,7 @@ class Split:
     labels: Tensor  # (N,)
     images: Tensor | None  # (N, 3, H, W) uint8
     records: Records | None
+    rows: Tensor  # (N,) which image of the source each one is
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -61,6 +63,11 @@ class ImageData:
     std: tuple[float, ...]
     mirror: bool
     skipped: int  # corrupt images left out
+    maps: TeacherMaps | None = None  # of the source's training images
+
+    def maps_of(self, rows: Tensor) -> Tensor | None:
+        """``(B, h, w)`` uint8 maps of these training images, or None where there are none."""
+        return None if self.maps is None else self.maps[self.train.rows[rows]]
 
 
 def load_data(config: TrainConfig) -> ImageData:
@@ -69,12 +76,19 @@ def load_data(config: TrainConfig) -> ImageData:
     Raises:
         InputError: for everything that would make training on it wrong.
     """
-    data = _load(config)
+    source = find_source(config)
+    data = _load(source, config)
     mean, std = tuple(config.mean or data.mean), tuple(config.std or data.std)
-    return replace(data, mean=mean, std=std)
+    maps = None if config.teacher_maps is None else _open_maps(config.teacher_maps, source, data)
+    return replace(data, mean=mean, std=std, maps=maps)
 
 
-def _load(config: TrainConfig) -> ImageData:
+def find_source(config: TrainConfig) -> Source:
+    """The data set that ``config.data`` names, as its reader gives it.
+
+    Raises:
+        InputError: nothing there, or labels that don't fit its classes.
+    """
     source = read_source(
         config.data,
         root=config.data_root,
@@ -82,21 +96,49 @@ def _load(config: TrainConfig) -> ImageData:
         label_column=config.label_column,
         test_split=config.test_split,
     )
+    _check_labels(source)
+    return source
+
+
+def image_side(config: TrainConfig, source: Source, *splits: Records) -> tuple[int, bool]:
+    """The side that images are brought to, and whether all of them are kept in memory."""
+    size = config.img_size or _first_size(source.name, splits, config.skip_corrupt)
+    count = len(source.train) + (0 if source.test is None else len(source.test))
+    return size, size <= MEMORY_SIDE and count * 3 * size * size <= MEMORY_BYTES
+
+
+def _open_maps(folder: str, source: Source, data: ImageData) -> TeacherMaps:
+    maps = TeacherMaps(folder)
+    if maps.facts.get("fingerprint") != source.fingerprint:
+        raise InputError(
+            f"expected maps of the training images of {source.name!r} in {folder}, they are of "
+            f"{maps.facts.get('data')!r} or of other images; make them with vitmix teach"
+        )
+    part = "whole" if data.train.images is None else "middle"
+    if maps.facts.get("part") != part:
+        raise InputError(
+            f"expected maps of the {part} of each image in {folder}, got {maps.facts.get('part')}; "
+            f"make them with vitmix teach --img-size {data.img_size}"
+        )
+    return maps
+
+
+def _load(source: Source, config: TrainConfig) -> ImageData:
     if config.val_share is not None:
         source = replace(source, test=None)
     train, test = _split(source, config.val_share or config.test_share)
     if config.train_limit is not None:
         train = train.select(range(min(config.train_limit, len(train))))
     _check_classes(source, train)
-    size = config.img_size or _first_size(source.name, (train, test), config.skip_corrupt)
+    size, in_memory = image_side(config, source, train, test)
     check = _SizeCheck(source.name, None if config.img_size else size)
-    total = (len(train) + len(test)) * 3 * size * size
-    if size > MEMORY_SIDE or total > MEMORY_BYTES:
+    if not in_memory:
         if config.img_size is None:
             _check_headers((train, test), check, config.skip_corrupt)
         return ImageData(
-            source.name, source.classes, Split(train.labels, None, train),
-            Split(test.labels, None, test), size, IMAGENET_MEAN, IMAGENET_STD, source.mirror, 0,
+            source.name, source.classes, Split(train.labels, None, train, train.rows),
+            Split(test.labels, None, test, test.rows), size, IMAGENET_MEAN, IMAGENET_STD,
+            source.mirror, 0,
         )  # fmt: skip
     cut = partial(centred, size=size, interpolation=config.interpolation)
     cut_test = partial(cut, crop_pct=config.crop_pct)
@@ -146,7 +188,7 @@ def _interleaved(labels: Tensor, generator: torch.Generator) -> Tensor:
     return rows[torch.argsort(turn, stable=True)]
 
 
-def _check_classes(source: Source, train: Records) -> None:
+def _check_labels(source: Source) -> None:
     for split in (source.train, source.test):
         if split is None or not len(split):
             continue
@@ -156,6 +198,9 @@ def _check_classes(source: Source, train: Records) -> None:
                 f"expected labels from 0 to {len(source.classes) - 1} in {source.name!r}, "
                 f"got {low if low < 0 else high}; correct the labels"
             )
+
+
+def _check_classes(source: Source, train: Records) -> None:
     present = len(set(train.labels.tolist()))
     if present < 2:
         only = source.classes[int(train.labels[0])] if len(train) else "none"
@@ -239,7 +284,7 @@ def _decode(
     skipped = int((~readable).sum())
     if skipped:
         images = images[readable]
-    return Split(records.labels[readable], images, None), skipped
+    return Split(records.labels[readable], images, None, records.rows[readable]), skipped
 
 
 def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
-from vitmix.train.augment import BatchAugment
+from vitmix.train.augment import BatchAugment, enlarge
 from vitmix.train.data import ImageData, Split
 from vitmix.train.decoding import DECODE_ERRORS, CorruptImageError, centred, pixels_of
 from vitmix.train.policies import Change, make_policy
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from vitmix.maps import TeacherMaps
     from vitmix.train.config import TrainConfig
 
 __all__ = ["Loader", "make_augment", "make_loader"]
@@ -97,18 +99,20 @@ INTERPOLATIONS = {
 
 
 class MemoryDataset(Dataset[Any]):
-    """Decoded images; a batch is one index operation."""
+    """Decoded images, with maps where they are given; a batch is one index operation."""
 
-    def __init__(self, split: Split) -> None:
+    def __init__(self, split: Split, maps: TeacherMaps | None = None) -> None:
         assert split.images is not None
         self.images, self.labels = split.images, split.labels
+        self.rows, self.maps = split.rows, maps
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitems__(self, draws: list[Draw]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, draws: list[Draw]) -> tuple[Tensor, ...]:
         index = torch.tensor([row for row, _ in draws])
-        return self.images[index], self.labels[index]
+        batch = self.images[index], self.labels[index]
+        return batch if self.maps is None else (*batch, self.maps[self.rows[index]])
 
 
 class DecodingDataset(Dataset[Any]):
@@ -120,29 +124,42 @@ class DecodingDataset(Dataset[Any]):
         cut: Callable[[Tensor], Tensor],
         crop: v2.Transform | None,
         policy: Change | None,
+        maps: TeacherMaps | None = None,
     ):
         assert split.records is not None
         self.records, self.cut, self.crop, self.policy = split.records, cut, crop, policy
+        self.rows, self.maps = split.rows, maps
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, draw: Draw) -> tuple[Tensor | str, int]:
+    def __getitem__(self, draw: Draw) -> tuple[Any, ...]:
         row, seed = draw
         try:
             pixels = pixels_of(self.records.content(row))
         except DECODE_ERRORS:
             return self.records.describe(row), -1
-        return self._changed(pixels, seed), int(self.records.labels[row])
-
-    def _changed(self, pixels: Tensor, seed: int) -> Tensor:
+        label = int(self.records.labels[row])
         if self.crop is None:
-            return self.cut(pixels)
+            return self.cut(pixels), label
+        if self.maps is None:
+            return self._changed(pixels, seed), label
+        size = (int(pixels.shape[1]), int(pixels.shape[2]))
+        changed = self._changed(pixels, seed, enlarge(self.maps[self.rows[[row]]], size)[0])
+        return changed[:3], label, changed[3]
+
+    def _changed(self, pixels: Tensor, seed: int, mask: Tensor | None = None) -> Tensor:
+        """Crop, mirror and augment; the mask is put behind the pixels, as a fourth channel."""
+        assert self.crop is not None
         # torchvision draws from the global generator: it is seeded for this image, whichever
         # process decodes it, and put back.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            pixels = self.crop(pixels)
+            if mask is None:
+                pixels = self.crop(pixels)
+            else:
+                both = self.crop(tv_tensors.Image(pixels), tv_tensors.Mask(mask))
+                pixels = torch.cat([part.as_subclass(torch.Tensor) for part in both])
         if self.policy is not None:
             pixels = self.policy(pixels[None], torch.Generator().manual_seed(seed + 1))[0]
         return pixels
@@ -154,18 +171,15 @@ class CollateReadable:
 
     skip: bool
 
-    def __call__(self, samples: list[tuple[Tensor | str, int]]) -> tuple[Tensor, Tensor]:
-        images = []
-        labels = []
-        for pixels, label in samples:
-            if isinstance(pixels, str):
-                if not self.skip:
-                    raise CorruptImageError.at(pixels)
-                print(f"vitmix: skipped {pixels}: cannot be decoded", file=sys.stderr)
-            else:
-                images.append(pixels)
-                labels.append(label)
-        return torch.stack(images), torch.tensor(labels)
+    def __call__(self, samples: list[tuple[Any, ...]]) -> tuple[Tensor, ...]:
+        for place in (sample[0] for sample in samples if isinstance(sample[0], str)):
+            if not self.skip:
+                raise CorruptImageError.at(place)
+            print(f"vitmix: skipped {place}: cannot be decoded", file=sys.stderr)
+        images, labels, *maps = zip(
+            *(sample for sample in samples if not isinstance(sample[0], str)), strict=True
+        )
+        return torch.stack(images), torch.tensor(labels), *map(torch.stack, maps)
 
 
 def _as_is(batch: Any) -> Any:
@@ -178,13 +192,17 @@ def _ignore_interrupt(worker: int) -> None:
 
 
 def make_loader(data: ImageData, config: TrainConfig, *, train: bool) -> Loader:
-    """Batches ``(images (B, 3, H, W) uint8, labels (B,))`` of one split."""
+    """Batches ``(images (B, 3, H, W) uint8, labels (B,))`` of one split.
+
+    With ``config.teacher_maps`` the training batches have maps ``(B, h, w)`` uint8 as a third part.
+    """
     split = data.train if train else data.test
+    maps = data.maps if train and config.teacher_maps is not None else None
     dataset: Dataset[Any]
     workers = 0
     collate: Any = _as_is
     if split.images is not None:
-        dataset = MemoryDataset(split)
+        dataset = MemoryDataset(split, maps)
     else:
         crop = None
         if train:
@@ -200,7 +218,7 @@ def make_loader(data: ImageData, config: TrainConfig, *, train: bool) -> Loader:
             crop_pct=config.crop_pct,
             interpolation=config.interpolation,
         )
-        dataset = DecodingDataset(split, cut, crop, policy)
+        dataset = DecodingDataset(split, cut, crop, policy, maps)
         workers = config.workers
         collate = CollateReadable(config.skip_corrupt)
     return Loader(

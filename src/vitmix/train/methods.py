@@ -280,7 +280,8 @@ def _parts(value: Any, where: str, known: dict[str, str]) -> list[Part]:
             )
         args = dict(entry.get("args") or {})
         args |= {option: given for option, given in entry.items() if option not in ("name", "args")}
-        accepted = set(inspect.signature(getattr(vitmix, known[name])).parameters) - {"teacher"}
+        accepted = set(inspect.signature(getattr(vitmix, known[name])).parameters)
+        accepted -= {"teacher", "maps"}
         for option in args:
             if option not in accepted:
                 raise InputError(
@@ -296,6 +297,7 @@ def unused_options(spec: MethodSpec) -> list[str]:
     names = {part.name for part in spec.tokens}
     used = {
         "alpha": bool(spec.mix) or "manifold" in names,
+        "teacher_maps": spec.needs_teacher,
         "mixup_prob": bool(spec.mix),
         "mixup_mode": bool(spec.mix),
         "tau": "horizontal" in names,

@@ -74,17 +74,17 @@ class MixingTask(pl.LightningModule):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Augment and normalise on the device that the batch is on."""
-        images, labels = batch
+        images, labels, *maps = batch
         stage = self.augment if self.trainer.training else self.prepare
-        images = stage(images)
+        images, moved = stage.with_maps(images, maps[0] if maps else None)
         if self.config.channels_last:
             images = images.to(memory_format=torch.channels_last)
-        return images, labels
+        return images, labels, moved
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor | None], batch_idx: int) -> Tensor:
         """Mix, predict, and check the loss before it can reach the weights."""
-        images, labels = batch
-        out = self.mixing(images, labels)
+        images, labels, maps = batch
+        out = self.mixing(images, labels, maps=maps)
         loss: Tensor = out.loss(self.criterion)
         if not bool(torch.isfinite(loss)):
             raise NonFiniteLossError(
@@ -118,9 +118,9 @@ class MixingTask(pl.LightningModule):
         for logger in self.loggers:
             logger.log_metrics(values, step=self.global_step)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor | None], batch_idx: int) -> None:
         """Measure the model on test images as they are."""
-        images, labels = batch
+        images, labels, _ = batch
         logits = self.mixing(images).float()
         self.top1.update(logits, labels)
         self.top5.update(logits, labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import importlib.resources
 import io
 import re
@@ -54,6 +55,12 @@ class Records:
     labels: Tensor  # (N,) int64
     content: Callable[[int], Content]
     describe: Callable[[int], str]
+    chosen: Tensor | None = None  # (N,) rows of what they were selected from
+
+    @property
+    def rows(self) -> Tensor:
+        """``(N,)``: which row of its source each image was."""
+        return torch.arange(len(self)) if self.chosen is None else self.chosen
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -66,6 +73,7 @@ class Records:
             self.labels[index],
             _Chosen(self.content, chosen),
             _Chosen(self.describe, chosen),
+            self.rows[index],
         )
 
 
@@ -90,6 +98,19 @@ class Source:
     test: Records | None
     mirror: bool = True  # False where a mirrored image means something else, as for digits
     ordered: bool = False  # True where the rows come class by class
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the classes, the labels, and any of 64 training images spread evenly."""
+        digest = hashlib.sha256("\0".join(self.classes).encode())
+        digest.update(self.train.labels.to(torch.int64).numpy().tobytes())
+        count = len(self.train)
+        for row in range(0, count, -(-count // 64)):
+            content = self.train.content(row)
+            if isinstance(content, Path):
+                content = content.read_bytes()
+            digest.update(content if isinstance(content, bytes) else content.tobytes())
+        return digest.hexdigest()
 
 
 def read_source(

@@ -27,6 +27,7 @@ from vitmix.train.optimiser import check_optimiser, parameter_groups
 from vitmix.train.policies import make_policy
 from vitmix.train.provenance import commit, device_name, versions
 from vitmix.train.stages import build_mixing
+from vitmix.train.teachers import find_teacher
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -90,9 +91,10 @@ def train_run(
     classes = len(data.classes)
     torch.manual_seed(config.seed)
     model = make_model(config, classes, data.img_size)
-    teacher = _make_teacher(config, data) if spec.needs_teacher else None
+    online = spec.needs_teacher and config.teacher_maps is None
+    teacher = _make_teacher(config, data) if online else None
     mixing = build_mixing(
-        model, config, num_classes=classes, img_size=data.img_size, teacher=teacher
+        model, config, num_classes=classes, img_size=data.img_size, teacher=teacher, maps=data.maps
     )
     try_step(mixing, data)
     parameter_groups(mixing, config)  # refuses what the optimiser cannot do
@@ -178,7 +180,8 @@ def try_step(mixing: MixingModel, data: ImageData) -> None:
     mixing.train()
     side = data.img_size
     before = [buffer.clone() for buffer in mixing.buffers()]
-    mixing(torch.zeros(2, 3, side, side), torch.tensor([0, 1]))
+    maps = torch.zeros(2, dtype=torch.long) if mixing.labels.needs_maps else None
+    mixing(torch.zeros(2, 3, side, side), torch.tensor([0, 1]), maps=maps)
     for buffer, value in zip(mixing.buffers(), before, strict=True):
         buffer.copy_(value)  # running means and thresholds start with real images
 
@@ -219,33 +222,15 @@ def _make_teacher(config: TrainConfig, data: ImageData) -> nn.Module:
     if config.teacher == "auto":
         return make_model(replace(config, pretrained=False), classes, data.img_size).eval()
     if Path(config.teacher).exists() or config.teacher.endswith(".ckpt"):
-        trained = load_trained(config.teacher)
-        if trained.classes != data.classes or trained.img_size != data.img_size:
-            raise InputError(
-                f"expected a teacher for {classes} classes and images of side {data.img_size}, "
-                f"{config.teacher} has {len(trained.classes)} and {trained.img_size}"
-            )
-        return trained.model
-    from vitmix.models import cct_names, create_model
-
-    known = None
-    if config.teacher not in cct_names():
-        import timm
-
-        pretrained = (
-            timm.get_pretrained_cfg(config.teacher) if timm.is_model(config.teacher) else None
-        )
-        known = getattr(pretrained, "num_classes", None)
-    if (known is not None and known != classes) or config.teacher in cct_names():
-        what = f"knows {known} other classes" if known else "comes without weights"
+        teacher = find_teacher(data.classes, data.name, checkpoint=config.teacher)
+    else:
+        teacher = find_teacher(data.classes, data.name, model=config.teacher, side=data.img_size)
+    if teacher.side != data.img_size:
         raise InputError(
-            f"expected a teacher of the {classes} classes of {data.name}, {config.teacher} {what}; "
-            "train one and give its checkpoint, or use --teacher auto"
+            f"expected a teacher for images of side {data.img_size}, "
+            f"{config.teacher} is for {teacher.side}"
         )
-    teacher: nn.Module = create_model(
-        config.teacher, num_classes=classes, img_size=data.img_size, pretrained=True
-    )
-    return teacher.eval()
+    return teacher.model
 
 
 def _fill_teacher(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Generator, nn
 
     import vitmix
+    from vitmix.maps import TeacherMaps
     from vitmix.train.config import TrainConfig
 
 __all__ = ["build_mixing"]
@@ -83,6 +84,7 @@ def build_mixing(
     num_classes: int,
     img_size: int,
     teacher: nn.Module | None = None,
+    maps: TeacherMaps | None = None,
     generator: Generator | None = None,
 ) -> vitmix.MixingModel:
     """The model with the stages that the settings describe around it.
@@ -104,7 +106,7 @@ def build_mixing(
         mix = _make("OneOf", {"mixers": mixers} | spec.turns)
     args = dict(spec.labels.args)
     if spec.needs_teacher:
-        args["teacher"] = teacher
+        args |= {"teacher": teacher} if config.teacher_maps is None else {"maps": maps}
     labels = _make(LABELS[spec.labels.name], args)
     tokens = [
         _make(TOKENS[part.name], args)

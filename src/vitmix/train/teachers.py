@@ -1,0 +1,102 @@
+"""Teachers: trained classifiers by checkpoint, by timm's name, or by name and weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vitmix.errors import InputError
+from vitmix.models import cct_names, create_model
+from vitmix.train.checkpoint import load_trained
+from vitmix.train.data import IMAGENET_MEAN, IMAGENET_STD
+from vitmix.weights import read_weights
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Teacher", "find_teacher"]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A trained classifier, and the images that it takes."""
+
+    name: str
+    model: nn.Module
+    side: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def find_teacher(
+    classes: tuple[str, ...],
+    data: str,
+    *,
+    model: str | None = None,
+    checkpoint: str | None = None,
+    side: int | None = None,
+) -> Teacher:
+    """A teacher of these classes.
+
+    Args:
+        classes: what it must know.
+        data: the data set that the classes are of, for messages.
+        model: a timm name, taken with its pretrained weights; with ``checkpoint`` any name of
+            :func:`vitmix.models.create_model`.
+        checkpoint: a run folder or checkpoint of ``vitmix train``; with ``model`` a file of that
+            model's weights.
+        side: side of the images, where the model takes several; by default that of its training.
+
+    Raises:
+        InputError: nothing there, or a classifier of other classes.
+    """
+    if model is None and checkpoint is None:
+        raise InputError("expected a model or a checkpoint as teacher, got neither")
+    if model is None and checkpoint is not None:
+        trained = load_trained(checkpoint)
+        if trained.classes != classes:
+            raise InputError(
+                f"expected a teacher of the {len(classes)} classes of {data} ({classes[0]}, ...), "
+                f"{checkpoint} has {len(trained.classes)} ({trained.classes[0]}, ...)"
+            )
+        return Teacher(checkpoint, trained.model, trained.img_size, trained.mean, trained.std)
+    assert model is not None
+    own = model in cct_names()
+    facts: Any = None
+    if not own:
+        import timm
+
+        facts = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
+    known = None if facts is None else facts.num_classes
+    if checkpoint is None and (own or (known is not None and known != len(classes))):
+        what = "comes without weights" if own else f"knows {known} other classes"
+        raise InputError(
+            f"expected a teacher of the {len(classes)} classes of {data}, {model} {what}; "
+            "train one and give its checkpoint"
+        )
+    default = int(model.rsplit("_", 1)[1]) if own else 224
+    side = side or (default if facts is None else int(facts.input_size[-1]))
+    network = create_model(
+        model,
+        num_classes=len(classes),
+        img_size=side,
+        **({} if checkpoint else {"pretrained": True}),
+    )
+    if checkpoint is not None:
+        _load(network, model, checkpoint)
+    mean = IMAGENET_MEAN if facts is None else tuple(facts.mean)
+    std = IMAGENET_STD if facts is None else tuple(facts.std)
+    return Teacher(" ".join(filter(None, (model, checkpoint))), network.eval(), side, mean, std)
+
+
+def _load(network: nn.Module, model: str, checkpoint: str) -> None:
+    state, expected = read_weights(checkpoint).state, network.state_dict()
+    differing = sorted(expected.keys() ^ state.keys()) or [
+        key for key, value in expected.items() if value.shape != state[key].shape
+    ]
+    if differing:
+        raise InputError(
+            f"expected weights of {model} for these classes in {checkpoint}, "
+            f"{len(differing)} tensors differ, first {differing[0]!r}"
+        )
+    network.load_state_dict(state)
