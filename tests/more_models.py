@@ -66,6 +66,22 @@ def make_huggingface(name: str, *, head: str = "", attention: str = "sdpa", **op
     return getattr(transformers, f"{name}ForImageClassification{head}")(config)
 
 
+def make_clip(name: str, *, attention: str = "sdpa") -> Any:
+    import transformers
+
+    vision = {
+        "image_size": SIZE,
+        "patch_size": 8,
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    config = getattr(transformers, f"{name}Config")(vision_config=vision, num_labels=NUM_CLASSES)
+    config.vision_config._attn_implementation = attention
+    return getattr(transformers, f"{name}ForImageClassification")(config)
+
+
 def make_torchvision() -> nn.Module:
     import torchvision
 
@@ -196,6 +212,10 @@ MORE_FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "hf-dinov2-eager": partial(make_huggingface, "Dinov2", attention="eager", use_mask_token=False),
     "hf-dinov2-registers": partial(make_huggingface, "Dinov2WithRegisters", num_register_tokens=3),
     "hf-ijepa": partial(make_huggingface, "IJepa"),
+    "hf-clip": partial(make_clip, "CLIP"),
+    "hf-clip-eager": partial(make_clip, "CLIP", attention="eager"),
+    "hf-metaclip2": partial(make_clip, "MetaClip2"),
+    "hf-siglip": partial(make_clip, "Siglip"),
     "vit-pytorch": make_vit_pytorch,
     "vit-pytorch-mean": partial(make_vit_pytorch, pool="mean"),
     "vit-pytorch-simple": partial(make_vit_pytorch, "simple_vit.SimpleViT"),

@@ -85,6 +85,25 @@ def make_torchvision_maxvit(side: int = SIDE, partition: int = 4) -> nn.Module:
     return MaxVit((side, side), 8, partition, [16, 32], [1, 2], 8, 0.0, num_classes=NUM_CLASSES)
 
 
+def make_huggingface_swin(
+    version: str = "", side: int = SIDE, window: int = 4, attention: str = "sdpa"
+) -> Any:
+    import transformers
+
+    config = getattr(transformers, f"Swin{version}Config")(
+        image_size=side,
+        patch_size=4,
+        embed_dim=16,
+        depths=[2, 2, 2],
+        num_heads=[1, 2, 4],
+        window_size=window,
+        drop_path_rate=0.1,
+        num_labels=NUM_CLASSES,
+        attn_implementation=attention,
+    )
+    return getattr(transformers, f"Swin{version}ForImageClassification")(config)
+
+
 STAGED: dict[str, Staged] = {
     "swin": Staged(partial(make_swin, "swin_tiny_patch4_window7_224")),
     # 18, 9 and 5 tokens a side: windows and merging with padding.
@@ -100,6 +119,11 @@ STAGED: dict[str, Staged] = {
     # 16, 8 and 4 tokens a side in windows of 5, of which the last covers its grid.
     "torchvision-swin-padded": Staged(partial(make_torchvision_swin, window=5)),
     "torchvision-swin-v2": Staged(partial(make_torchvision_swin, "V2", 4)),
+    "hf-swin": Staged(make_huggingface_swin),
+    "hf-swin-eager": Staged(partial(make_huggingface_swin, attention="eager")),
+    # 18, 9 and 5 tokens a side in windows of 5: padding, shifts and a window that covers its grid.
+    "hf-swin-padded": Staged(partial(make_huggingface_swin, side=72, window=5), side=72),
+    "hf-swin-v2": Staged(partial(make_huggingface_swin, "v2", attention="eager")),
     "torchvision-maxvit": Staged(make_torchvision_maxvit),
 }
 

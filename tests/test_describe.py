@@ -30,6 +30,8 @@ EXPECTED = {
     "hf-dinov2": ("class_and_average", 1, True),
     "hf-dinov2-registers": ("class_and_average", 4, True),
     "hf-ijepa": ("average", 0, False),
+    "hf-clip": ("average", 1, True),
+    "hf-siglip": ("average", 0, False),
     "vit-pytorch": ("class_token", 1, True),
     "vit-pytorch-mean": ("average_all", 0, False),
     "vit-pytorch-simple": ("average_all", 0, False),

@@ -199,6 +199,7 @@ CHECKPOINTED = {
     "eva-grouped": "all-but-vertical",
     "hf-beit": "all-but-vertical",
     "hf-data2vec-eager": "everything",
+    "hf-clip": "everything",
     "hf-dinov2": "everything",
     "hf-vit": "everything",
     "naflex": "everything",

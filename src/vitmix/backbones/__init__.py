@@ -13,6 +13,7 @@ from torch import nn
 from vitmix.backbones import (
     cct,
     huggingface,
+    huggingface_swin,
     timm_maxxvit,
     timm_position,
     timm_swin,
@@ -36,6 +37,7 @@ _FAMILIES: tuple[Family, ...] = (
     timm_swin,
     timm_maxxvit,
     huggingface,
+    huggingface_swin,
     torchvision_vit,
     torchvision_swin,
     torchvision_maxvit,

@@ -1,12 +1,13 @@
 """Image classifiers of transformers that attend globally.
 
 ViT, ViT-MSN, DeiT (with and without a distillation head), BEiT, Data2Vec-Vision, DINOv2 (with and
-without registers) and I-JEPA, with ``attn_implementation`` ``"sdpa"`` or ``"eager"``.
+without registers), I-JEPA, CLIP, MetaCLIP 2 and SigLIP, with ``attn_implementation`` ``"sdpa"`` or
+``"eager"``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -17,7 +18,7 @@ from torch import nn
 from vitmix.backbones.base import Backbone, Block, Pooling, Reason, is_made_by
 from vitmix.errors import UnsupportedModelError
 
-__all__ = ["LOOKS_FOR", "describe"]
+__all__ = ["LOOKS_FOR", "describe", "recomputation", "require_readable"]
 
 _ATTENTION = ("sdpa", "eager")
 # Where layers are, by model and by version of transformers.
@@ -32,6 +33,7 @@ class _Layout:
         module: module of transformers that defines the class.
         trunk: attribute of the model in front of the classifier.
         norm: the layer's norm in front of the attention.
+        attention: the layer's attention.
         prefix: tokens in front of the image tokens, registers aside.
         pooling: kind of pooling, or None if the configuration's ``use_mean_pooling`` decides.
     """
@@ -39,10 +41,12 @@ class _Layout:
     module: str
     trunk: str
     norm: str = "layernorm_before"
+    attention: str = "attention"
     prefix: int = 1
     pooling: Pooling | None = "class_token"
 
 
+_CLIP = ("layer_norm1", "self_attn")
 _LAYOUTS = {
     "ViTForImageClassification": _Layout("vit.modeling_vit", "vit"),
     "ViTMSNForImageClassification": _Layout("vit_msn.modeling_vit_msn", "vit"),
@@ -66,6 +70,15 @@ _LAYOUTS = {
     "IJepaForImageClassification": _Layout(
         "ijepa.modeling_ijepa", "ijepa", prefix=0, pooling="average"
     ),
+    "CLIPForImageClassification": _Layout(
+        "clip.modeling_clip", "vision_model", *_CLIP, pooling="average"
+    ),
+    "MetaClip2ForImageClassification": _Layout(
+        "metaclip_2.modeling_metaclip_2", "vision_model", *_CLIP, pooling="average"
+    ),
+    "SiglipForImageClassification": _Layout(
+        "siglip.modeling_siglip", "vision_model", *_CLIP, prefix=0, pooling="average"
+    ),
 }
 
 LOOKS_FOR = f"transformers {', '.join(_LAYOUTS)}"
@@ -80,14 +93,8 @@ def describe(model: nn.Module) -> Backbone | None:
 
 
 def _describe(name: str, layout: _Layout, model: Any) -> Backbone:
-    config = model.config
-    implementation = getattr(config, "_attn_implementation", "eager")
-    if implementation not in _ATTENTION:
-        raise UnsupportedModelError(
-            f"looked for attn_implementation 'sdpa' or 'eager' in {name}, found "
-            f"{implementation!r}, whose attention cannot be read. "
-            "Call model.set_attn_implementation('sdpa'). The model was not changed."
-        )
+    config = getattr(model.config, "vision_config", model.config)
+    require_readable(name, config)
     pooling = layout.pooling
     if pooling is None:
         pooling = "average" if config.use_mean_pooling else "class_token"
@@ -95,7 +102,11 @@ def _describe(name: str, layout: _Layout, model: Any) -> Backbone:
     return Backbone(
         family=f"transformers {name}",
         blocks=tuple(
-            Block(module=layer, entry=getattr(layer, layout.norm), attention=layer.attention)
+            Block(
+                module=layer,
+                entry=getattr(layer, layout.norm),
+                attention=getattr(layer, layout.attention),
+            )
             for layer in _layers(name, layout, getattr(model, layout.trunk))
         ),
         embed_dim=int(config.hidden_size),
@@ -103,7 +114,7 @@ def _describe(name: str, layout: _Layout, model: Any) -> Backbone:
         class_token=layout.prefix > 0,
         pooling=pooling,
         grid=partial(_grid, (patch, patch) if isinstance(patch, int) else tuple(patch)),
-        recomputes=partial(getattr, model, _recomputes(model), False),
+        recomputes=recomputation(model),
         vertical_reason=_position(config),
     )
 
@@ -114,20 +125,36 @@ def _layers(name: str, layout: _Layout, trunk: nn.Module) -> Sequence[Any]:
             layers: Sequence[Any] = attrgetter(path)(trunk)
         except AttributeError:
             continue
-        parts = (layout.norm, "attention")
+        parts = (layout.norm, layout.attention)
         if all(hasattr(layer, part) for layer in layers for part in parts):
             return layers
     raise UnsupportedModelError(
-        f"looked for {' or '.join(_LAYERS)} with {layout.norm} and attention in {layout.trunk} of "
-        f"{name}, found {[child for child, _ in trunk.named_children()]}; this version of "
-        "transformers is not known. The model was not changed."
+        f"looked for {' or '.join(_LAYERS)} with {layout.norm} and {layout.attention} in "
+        f"{layout.trunk} of {name}, found {[child for child, _ in trunk.named_children()]}; this "
+        "version of transformers is not known. The model was not changed."
     )
 
 
-def _recomputes(model: Any) -> str:
-    """Name of the property for gradient checkpointing; it changed in transformers 5."""
+def require_readable(name: str, config: Any) -> None:
+    """Check that attention passes where it can be read.
+
+    Raises:
+        UnsupportedModelError: another implementation.
+    """
+    implementation = getattr(config, "_attn_implementation", "eager")
+    if implementation not in _ATTENTION:
+        raise UnsupportedModelError(
+            f"looked for attn_implementation 'sdpa' or 'eager' in {name}, found "
+            f"{implementation!r}, whose attention cannot be read. "
+            "Call model.set_attn_implementation('sdpa'). The model was not changed."
+        )
+
+
+def recomputation(model: Any) -> Callable[[], bool]:
+    """Asks a model whether gradient checkpointing is on; its name changed in transformers 5."""
     new = "is_activation_checkpointing"
-    return new if hasattr(type(model), new) else "is_gradient_checkpointing"
+    name = new if hasattr(type(model), new) else "is_gradient_checkpointing"
+    return partial(getattr, model, name, False)
 
 
 def _position(config: Any) -> Reason:
