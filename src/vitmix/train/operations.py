@@ -12,7 +12,7 @@ import torch.nn.functional as nnf
 import torchvision.transforms.v2.functional as F
 from torch import Tensor
 
-__all__ = ["MOVES", "OPERATIONS", "warp"]
+__all__ = ["MOVES", "OPERATIONS", "POINTWISE", "look_up", "warp"]
 
 # Geometric operations: the amounts (B,) as matrices (B, 2, 3) that say where in the input, counted
 # in widths and heights from the upper left corner, the pixel at (x, y) of the output comes from.
@@ -48,29 +48,53 @@ MOVES: dict[str, Move] = {
 
 
 def warp(images: Tensor, matrix: Tensor, fill: Tensor) -> Tensor:
-    """Resample ``(B, C, H, W)`` uint8 images; ``fill`` ``(C,)`` is seen beyond their borders."""
+    """Resample ``(B, C, H, W)`` uint8 images; ``fill`` ``(C,)`` is seen beyond their borders.
+
+    The matrices ``(B, 2, 3)`` may be on the CPU, wherever the images are.
+    """
     # grid_sample counts from -1 to 1, the matrix from 0 to 1.
     linear, shift = matrix[:, :, :2], matrix[:, :, 2:]
-    theta = torch.cat((linear, 2 * shift + linear.sum(2, keepdim=True) - 1), 2)
+    theta = torch.cat((linear, 2 * shift + linear.sum(2, keepdim=True) - 1), 2).to(images.device)
     grid = nnf.affine_grid(theta, list(images.shape), align_corners=False)
-    background = fill.view(1, -1, 1, 1)
+    background = fill.to(images.device).view(1, -1, 1, 1)
     moved = nnf.grid_sample(images.float() - background, grid, align_corners=False)
-    return (moved + background).round_().clamp_(0, 255).to(torch.uint8)
+    return moved.add_(background).round_().to(torch.uint8)
 
 
-# The other operations: (B, 3, H, W) uint8 images and amounts (B, 1, 1, 1).
+# Operations on each value by itself, whatever its neighbours: values from 0 to 255 and amounts.
 Operation = Callable[[Tensor, Tensor], Tensor]
+
+
+def _posterize(values: Tensor, bits: Tensor) -> Tensor:
+    return values - values % 2 ** (8 - bits)
+
+
+POINTWISE: dict[str, Operation] = {
+    "invert": lambda values, amount: 255 - values + 0 * amount,
+    "posterize": _posterize,
+    "solarize": lambda values, least: torch.where(values >= least, 255 - values, values),
+    "solarize_add": lambda values, more: torch.where(values < 128, values + more, values),
+    "brightness": lambda values, factor: values * factor,
+}
+
+
+def look_up(images: Tensor, tables: Tensor) -> Tensor:
+    """Replace every value of ``(B, C, H, W)`` uint8 images by its entry in a table ``(B, 256)``."""
+    tables = tables.clamp(0, 255).to(torch.uint8).to(images.device)
+    return tables.gather(1, images.flatten(1).long()).view(images.shape)
+
+
+# The other operations, on (B, 3, H, W) uint8 images and amounts (B, 1, 1, 1).
 
 
 def _blend(plain: Tensor, images: Tensor, factor: Tensor) -> Tensor:
     """Pillow's enhancement: ``plain`` at factor 0, the image at 1, beyond it above."""
-    plain = plain.float()
-    return (plain + factor * (images.float() - plain)).clamp_(0, 255).to(torch.uint8)
+    return torch.lerp(plain, images.float(), factor).clamp_(0, 255).to(torch.uint8)
 
 
 def _grey(images: Tensor) -> Tensor:
-    weights = torch.tensor((0.299, 0.587, 0.114), device=images.device).view(1, 3, 1, 1)
-    return (images.float() * weights).sum(1, keepdim=True).round_()
+    red, green, blue = images.float().unbind(1)
+    return (0.299 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114).round_()[:, None]
 
 
 def _smooth(images: Tensor) -> Tensor:
@@ -78,30 +102,14 @@ def _smooth(images: Tensor) -> Tensor:
     plain = images.float()
     if min(plain.shape[2:]) > 2:
         inner = plain[:, :, 1:-1, 1:-1]
-        inner.copy_(((nnf.avg_pool2d(plain, 3, 1) * 9 + inner * 4) / 13).round_())
+        inner.copy_(nnf.avg_pool2d(plain, 3, 1).lerp_(inner, 4 / 13).round_())
     return plain
-
-
-def _posterize(images: Tensor, bits: Tensor) -> Tensor:
-    return images & (256 - 2 ** (8 - bits)).to(torch.uint8)
-
-
-def _solarize_add(images: Tensor, amount: Tensor) -> Tensor:
-    brighter = (images + amount).clamp_max(255).to(torch.uint8)
-    return torch.where(images < 128, brighter, images)
 
 
 OPERATIONS: dict[str, Operation] = {
     "autocontrast": lambda x, amount: F.autocontrast(x),
     "equalize": lambda x, amount: F.equalize(x),
-    "invert": lambda x, amount: 255 - x,
-    "posterize": _posterize,
-    "solarize": lambda x, threshold: torch.where(x >= threshold, 255 - x, x),
-    "solarize_add": _solarize_add,
     "color": lambda x, factor: _blend(_grey(x), x, factor),
-    "contrast": lambda x, factor: _blend(
-        (_grey(x).mean((2, 3), keepdim=True) + 0.5).floor_(), x, factor
-    ),
-    "brightness": lambda x, factor: _blend(torch.zeros_like(x), x, factor),
+    "contrast": lambda x, factor: _blend(_grey(x).mean((2, 3), keepdim=True).round_(), x, factor),
     "sharpness": lambda x, factor: _blend(_smooth(x), x, factor),
 }

@@ -11,13 +11,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torchvision.transforms.v2.functional as F
 from torch import Tensor
 
 from vitmix.errors import InputError
-from vitmix.train.operations import MOVES, OPERATIONS, warp
+from vitmix.train.operations import MOVES, OPERATIONS, POINTWISE, look_up, warp
 
 __all__ = ["SPACES", "Change", "ColorJitter", "Policy", "make_policy"]
 
@@ -40,8 +41,12 @@ def _enhance(strength: Tensor, sign: Tensor) -> Tensor:
     return (1 + 0.9 * strength * sign).clamp_min(0.1)
 
 
-_ENHANCED = ("color", "contrast", "brightness", "sharpness")
-# Moves come first in every space, in the order of MOVES.
+def _added(strength: Tensor, sign: Tensor) -> Tensor:
+    return (110 * strength).floor()
+
+
+_ENHANCED = ("brightness", "color", "contrast", "sharpness")
+# In every space operations of a kind follow each other: moves, tables, others.
 _MOVED: dict[str, Amount] = {
     "shear_x": _signed(0.3),
     "shear_y": _signed(0.3),
@@ -49,39 +54,43 @@ _MOVED: dict[str, Amount] = {
     "translate_y": _signed(0.45),
     "rotate": _signed(30),
 }
-_RAND: dict[str, Amount] = {
-    **_MOVED,
-    "autocontrast": _unused,
-    "equalize": _unused,
-    "invert": _unused,
-    "solarize_add": lambda strength, sign: (110 * strength).floor(),
-}
+_NEXT: dict[str, Amount] = {"autocontrast": _unused, "equalize": _unused}
 
 # timm's two sets of RandAugment operations (with inc1, more strength always changes more), and
 # those of TrivialAugment (Müller and Hutter, ICCV 2021) in RandAugment's ranges.
 SPACES: dict[str, dict[str, Amount]] = {
     "rand": {
-        **_RAND,
+        **_MOVED,
+        "invert": _unused,
         "posterize": lambda strength, sign: (4 * strength).floor(),
         "solarize": lambda strength, sign: (256 * strength).floor(),
+        "solarize_add": _added,
         **dict.fromkeys(_ENHANCED, lambda strength, sign: 1.8 * strength + 0.1),
+        **_NEXT,
     },
     "rand-increasing": {
-        **_RAND,
+        **_MOVED,
+        "invert": _unused,
         "posterize": lambda strength, sign: 4 - (4 * strength).floor(),
         "solarize": lambda strength, sign: 256 - (256 * strength).floor(),
+        "solarize_add": _added,
         **dict.fromkeys(_ENHANCED, _enhance),
+        **_NEXT,
     },
     "trivial": {
         **_MOVED,
-        "autocontrast": _unused,
-        "equalize": _unused,
         "posterize": lambda strength, sign: 8 - (4 * strength).round(),
         "solarize": lambda strength, sign: 255 * (1 - strength),
         **dict.fromkeys(_ENHANCED, _enhance),
+        **_NEXT,
         "identity": _unused,
     },
 }
+
+
+def _kind(name: str) -> str:
+    """What goes through one step together: all moves, all tables; others one by one."""
+    return "moves" if name in MOVES else "tables" if name in POINTWISE else name
 
 
 @dataclass(frozen=True)
@@ -124,25 +133,37 @@ class Policy:
         counts = which.bincount(minlength=len(space)).tolist()
         strengths = torch.split(self._strengths(size, generator), counts)
         signs = torch.split(torch.randint(2, (size,), generator=generator) * 2.0 - 1, counts)
-        amounts = [
-            amount(strength, sign)
-            for amount, strength, sign in zip(space.values(), strengths, signs, strict=True)
-        ]
-        parts = list(torch.split(images[order.to(device)], counts))
-        moves = len(MOVES)
-        if any(counts[:moves]):
-            ratio = images.shape[2] / images.shape[3]
-            matrices = [move(a, ratio) for move, a in zip(MOVES.values(), amounts, strict=False)]
-            fill = torch.tensor([*self.fill, *[0.0] * (images.shape[1] - 3)], device=device)
-            moved = warp(torch.cat(parts[:moves]), torch.cat(matrices).to(device), fill)
-            parts[:moves] = torch.split(moved, counts[:moves])
-        on_device = torch.split(torch.cat(amounts).view(-1, 1, 1, 1).to(device), counts)
-        for index, name in enumerate(space):
-            if name in OPERATIONS and counts[index]:
-                colours, others = parts[index][:, :3], parts[index][:, 3:]
-                changed = OPERATIONS[name](colours, on_device[index])
-                parts[index] = torch.cat((changed, others), 1)
+        amounts = {
+            name: amount(strength, sign)
+            for (name, amount), strength, sign in zip(space.items(), strengths, signs, strict=True)
+            if len(strength)
+        }
+        images = images[order.to(device)]
+        parts = []
+        for kind, names in groupby(amounts, key=_kind):
+            drawn = {name: amounts[name] for name in names}
+            count = sum(map(len, drawn.values()))
+            parts.append(self._changed(kind, drawn, images[:count]))
+            images = images[count:]
         return torch.cat(parts)[order.argsort().to(device)]
+
+    def _changed(self, kind: str, amounts: dict[str, Tensor], images: Tensor) -> Tensor:
+        """Images of one kind of operation, in the order of the amounts."""
+        if kind == "moves":
+            ratio = images.shape[2] / images.shape[3]
+            matrix = torch.cat([MOVES[name](amount, ratio) for name, amount in amounts.items()])
+            return warp(images, matrix, torch.tensor([*self.fill, *[0.0] * (images.shape[1] - 3)]))
+        colours, others = images[:, :3], images[:, 3:]
+        if kind == "tables":
+            values = torch.arange(256.0)
+            tables = [POINTWISE[name](values, part[:, None]) for name, part in amounts.items()]
+            colours = look_up(colours, torch.cat(tables))
+        elif kind in OPERATIONS:
+            amount = amounts[kind].view(-1, 1, 1, 1)
+            colours = OPERATIONS[kind](colours, amount.to(images.device))
+        else:
+            return images
+        return torch.cat((colours, others), 1) if others.shape[1] else colours
 
     def _strengths(self, size: int, generator: torch.Generator) -> Tensor:
         if self.magnitude is None:
