@@ -201,6 +201,22 @@ def test_another_method_replaces_that_of_the_recipe(capsys: pytest.CaptureFixtur
     assert (got["tau"], got["labels"], got["mix"]["name"]) == (3, "area", "tokenmix")
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "gone"),
+    [
+        ("deit-tiny-tokenmix", ["--teacher-maps", "maps"], {"teacher": "auto"}),
+        ("cct7-cifar100", ["--crop-padding", "4"], {"scale": None}),
+        ("vit-b16-imagenet-tokenmixup", ["--opt", "lamb"], {"opt_kwargs": None}),
+    ],
+)
+def test_a_choice_replaces_what_goes_with_the_recipes(
+    name: str, option: list[str], gone: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert get_recipe(name).settings.keys() >= gone.keys()
+    got = printed(["train", "--recipe", name, *option], capsys)
+    assert {key: got[key] for key in gone} == gone
+
+
 def test_comparison_takes_settings_but_no_method(capsys: pytest.CaptureFixture[str]) -> None:
     got = printed(["compare", "--recipe", "cct7-cifar100-tokenmixup"], capsys)
     assert (got["weight_decay"], got["mixup"], got["cutmix"]) == (0.06, None, None)

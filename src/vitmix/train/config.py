@@ -110,7 +110,7 @@ class TrainConfig:
     ratio: list[float] | None = option(
         "Augmentation", None, "least and largest aspect ratio of that crop (default: 3/4 4/3)", 2
     )
-    train_interpolation: Interpolation | Literal["random"] = option(
+    train_interpolation: Literal["bicubic", "bilinear", "random"] = option(
         "Augmentation", "bicubic", "how that crop is resized"
     )
     hflip: float | None = option(

@@ -33,6 +33,14 @@ __all__ = [
 SHAPES = {"CIFAR-10": (10, 32), "CIFAR-100": (100, 32), "ImageNet-1k": (1000, 224)}
 
 
+# Settings of a recipe that have no meaning beside another choice.
+REPLACED = {
+    "teacher_maps": ("teacher",),
+    "crop_padding": ("scale",),
+    "opt": ("opt_kwargs",),
+    "model": ("model_kwargs",),
+}
+
 _INTRODUCTION = """# Recipes
 
 Settings for every row that the three papers train, by name, and for some of our own.
@@ -205,7 +213,8 @@ def find_recipes(pattern: str | None) -> list[Recipe]:
 def settings_under(given: Mapping[str, Any], *, whole_method: bool = False) -> dict[str, Any]:
     """What the recipe in ``given`` sets, to be overridden by everything else in ``given``.
 
-    Another method replaces the recipe's as a whole.
+    Another method replaces the recipe's as a whole; so do other choices that go with what the
+    recipe sets beside them.
 
     Args:
         given: what the user chose in files and options.
@@ -217,9 +226,9 @@ def settings_under(given: Mapping[str, Any], *, whole_method: bool = False) -> d
     if given.get("recipe") is None:
         return {}
     recipe = get_recipe(given["recipe"])
-    left_out: set[str] = set()
+    left_out = {name for choice, names in REPLACED.items() if choice in given for name in names}
     if whole_method or "method" in given:
-        left_out = {e.name for e in fields(TrainConfig) if e.metadata["group"] == "Method"}
+        left_out |= {e.name for e in fields(TrainConfig) if e.metadata["group"] == "Method"}
     return deepcopy({key: val for key, val in recipe.settings.items() if key not in left_out})
 
 
