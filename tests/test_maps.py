@@ -381,3 +381,27 @@ def test_jitter_leaves_maps_alone() -> None:
     jitter = make_policy("none", 0.4)
     assert jitter is not None
     assert torch.equal(jitter(both, rng())[:, 3], both[:, 3])
+
+
+def test_the_example_teaches_and_trains(tmp_path: Path) -> None:
+    import runpy
+
+    from torchvision.datasets import ImageFolder
+
+    from vitmix.models import create_model
+
+    example = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "teacher_maps.py"))
+    images = ImageFolder(red_folder(tmp_path / "data", 24, count=4, ratio=1.5))
+    teacher, student = (create_model("cct_2_3x2_32", num_classes=2, img_size=16) for _ in "ab")
+    maps = example["teach"](teacher, images, 16, str(tmp_path / "maps"))
+    assert (len(maps), maps.grid) == (8, (4, 4))
+    losses: list[float] = []
+    options = {"side": 16, "num_classes": 2, "batch_size": 4, "report": losses.append}
+    example["train"](student, images, maps, **options)
+    assert len(losses) == 2
+    viewed = example["Viewed"](images, example["as_input"](16), maps)
+    for row in range(8):
+        image, _, mask = viewed[row]
+        assert (image.shape, mask.shape) == ((3, 16, 16), (16, 16))
+        largest = maps[row].flatten().argmax()  # of the map and of its mask, in the same quarter
+        assert mask.view(4, 4, 4, 4).amax((1, 3)).flatten()[largest] == mask.max()
