@@ -29,7 +29,7 @@ from vitmix.train.callbacks import WeightAverage
 from vitmix.train.checkpoint import load_trained
 from vitmix.train.config import TrainConfig
 from vitmix.train.data import load_data
-from vitmix.train.folder import claim_folder
+from vitmix.train.folder import claim_folder, read_settings
 from vitmix.train.methods import LABELS, METHODS, MIXES, TOKENS, method_of, parse_method
 from vitmix.train.module import NonFiniteLossError
 from vitmix.train.optimiser import check_optimiser, learning_rate_factor, parameter_groups
@@ -578,20 +578,25 @@ def test_wrong_checkpoints_are_refused(tmp_path: Path, digits: Any) -> None:
 
 
 def test_folders_are_never_written_over(tmp_path: Path) -> None:
-    out = str(tmp_path)
-    assert claim_folder(out, None, "run", False).name == "run"
-    assert claim_folder(out, None, "run", False).name == "run-2"
+    out, settings = str(tmp_path), {"lr": 0.1}
+    assert claim_folder(out, None, "run", False, settings).name == "run"
+    second = claim_folder(out, None, "run", False, settings)
+    assert second.name == "run-2"
+    assert read_settings(second) == settings
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("precious")
     with pytest.raises(InputError, match=r"exists and is not empty.*--overwrite"):
-        claim_folder(out, "mine", "run", False)
+        claim_folder(out, "mine", "run", False, settings)
     with pytest.raises(InputError, match="holds something else"):
-        claim_folder(out, "mine", "run", True)
+        claim_folder(out, "mine", "run", True, settings)
     assert (mine / "thesis.txt").read_text() == "precious"
     (mine / "config.yaml").write_text("")
-    assert claim_folder(out, "mine", "run", True) == mine
-    assert not list(mine.iterdir())
+    assert claim_folder(out, "mine", "run", True, settings) == mine
+    assert [path.name for path in mine.iterdir()] == ["config.yaml"]
+    (tmp_path / "empty").mkdir()
+    assert claim_folder(out, "empty", "run", False, settings) == tmp_path / "empty"
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "run-2", "mine", "empty"}
 
 
 # --- comparison

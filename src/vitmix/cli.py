@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from vitmix.errors import InputError, UnsupportedModelError, VitmixError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from vitmix.options import Parser
     from vitmix.train.config import TrainConfig
 
@@ -115,6 +117,7 @@ def _configure_train(parser: Parser) -> None:
     from vitmix.train.recipes import settings_under
 
     parser.add_config(TrainConfig, base=settings_under)
+    parser.add("--resume", str | None, None, "go on with the stopped run in this folder", "Run")
 
 
 def _settings(options: dict[str, Any]) -> TrainConfig:
@@ -130,20 +133,32 @@ def _settings(options: dict[str, Any]) -> TrainConfig:
 
 
 def _train(options: Any) -> None:
-    from vitmix.train.methods import method_of
+    from pathlib import Path
 
-    config = _settings(options)
+    from vitmix.train.methods import method_of
+    from vitmix.train.resume import finished_results, resumed_settings
+
+    place = options.pop("resume")
+    resume = None if place is None else Path(place).expanduser()
+    config = _settings(options if resume is None else resumed_settings(resume, options))
     method_of(config)  # what can be refused at once is refused before the slow imports
+    if resume is not None:
+        results = finished_results(resume)
+        if results is not None:
+            print(f"nothing is left to do, the run has finished\n{_last_lines(resume, results)}")
+            return
     from vitmix.plots.run_figures import save_run_figures
     from vitmix.train.run import train_run
 
-    run = train_run(config)
-    save_run_figures(run)
-    results = run.results
-    print(
+    run = train_run(config, resume=resume, finish=save_run_figures)
+    print(_last_lines(run.folder, run.results))
+
+
+def _last_lines(folder: Path, results: dict[str, Any]) -> str:
+    return (
         f"top-1 {results['top1']:.2f}%  top-5 {results['top5']:.2f}%  "
         f"loss {results['loss']:.4f}  ({results['seconds']:.0f} s)\n"
-        f"results {run.folder / 'results.json'}"
+        f"results {folder / 'results.json'}"
     )
 
 
@@ -185,28 +200,47 @@ def _figures(values: Sequence[float]) -> str:
     return "/".join(f"{value:.4g}" for value in values)
 
 
+METHODS = "none,cutmix,tokenmix,tl-align,tokenmixup"
+
+
 def _configure_compare(parser: Parser) -> None:
     from vitmix.train.config import TrainConfig
     from vitmix.train.recipes import settings_under
 
+    parser.add("--methods", str | None, None, f"methods, between commas [{METHODS}]")
     parser.add(
-        "--methods", str, "none,cutmix,tokenmix,tl-align,tokenmixup", "methods, between commas"
+        "--seeds", str | None, None, "number of seeds from --seed on, or seeds between commas [1]"
     )
-    parser.add("--seeds", str, "1", "number of seeds from --seed on, or seeds between commas")
     parser.add_config(
         TrainConfig,
         leave_out=("method", "mix", "labels", "tokens"),
         base=partial(settings_under, whole_method=True),
     )
+    parser.add("--resume", str | None, None, "go on with the stopped comparison here", "Run")
 
 
 def _compare(options: Any) -> None:
+    from pathlib import Path
+
+    from vitmix.train.resume import resumed_settings
+
+    place = options.pop("resume")
+    resume = None if place is None else Path(place).expanduser()
+    for name in ("methods", "seeds"):
+        if options[name] is None:
+            del options[name]
+    if resume is not None:
+        options = resumed_settings(resume, options, comparison=True)
+        report = resume / "report.html"
+        if report.is_file():
+            print(f"nothing is left to do, the comparison has finished\nreport  {report}")
+            return
     from vitmix.evaluate.compare import compare, parse_seeds
 
-    methods = [name.strip() for name in options.pop("methods").split(",") if name.strip()]
+    methods = [name.strip() for name in options.get("methods", METHODS).split(",") if name.strip()]
     config = _settings(options)
-    seeds = parse_seeds(options.pop("seeds"), config.seed)
-    comparison = compare(config, methods, seeds)
+    seeds = parse_seeds(options.get("seeds", "1"), config.seed)
+    comparison = compare(config, methods, seeds, resume=resume)
     print(f"report  {comparison.report}")
 
 

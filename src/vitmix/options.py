@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, Literal, Union
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
 from vitmix.errors import InputError
 from vitmix.train.config import suggest
@@ -40,6 +40,7 @@ class Parser:
         )
         self.names: list[str] = []
         self.types: dict[str, Any] = {}
+        self.defaults: dict[str, Any] = {}
         self.groups: dict[str, Any] = {}
         self.base: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
@@ -92,7 +93,9 @@ class Parser:
                 name, type=kind, default=default, help=text + shown, metavar=_metavar(kind)
             )
         self.names.append(name)
-        self.types[name.lstrip("-").replace("-", "_")] = kind
+        key = name.lstrip("-").replace("-", "_")
+        self.types[key] = kind
+        self.defaults[key] = default
 
     def add_config(
         self,
@@ -102,6 +105,8 @@ class Parser:
         base: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> None:
         """Add ``--config`` and every field of a dataclass made of ``option`` fields.
+
+        Their values are parsed where they are given; the dataclass has the defaults.
 
         Args:
             config: the dataclass.
@@ -125,23 +130,25 @@ class Parser:
                     field.metadata["group"],
                     field.metadata["count"],
                 )
+                del self.defaults[field.name]
 
     def parse(self, arguments: list[str]) -> dict[str, Any]:
-        """The values of all options.
+        """The values of all options; those of a config only where they are given.
 
         Raises:
             InputError: names the option, what was expected and what came.
         """
         words = [_normal(argument) for argument in arguments]
         try:
-            if self.base is not None:
-                quiet = [word for word in words if word.partition("=")[0] != "--print-config"]
-                given: Namespace = self.parser.parse_args(quiet, defaults=False)
-                self.parser.set_defaults(self.base(given.as_dict()))
-            values: Namespace = self.parser.parse_args(words)
+            quiet = [word for word in words if word.partition("=")[0] != "--print-config"]
+            given = self.parser.parse_args(quiet, defaults=False).as_dict()
+            base = {} if self.base is None else self.base(given)
+            if len(quiet) < len(words):
+                self.parser.set_defaults(base)
+                self.parser.parse_args(words)  # prints, and ends the program
         except argparse.ArgumentError as error:
             raise InputError(self._explain(str(error))) from error
-        plain: dict[str, Any] = values.as_dict()
+        plain: dict[str, Any] = self.defaults | base | given
         plain.pop("config", None)
         return plain
 

@@ -15,7 +15,7 @@ from vitmix.errors import InputError
 from vitmix.train.checkpoint import load_trained
 from vitmix.train.data import load_data
 from vitmix.train.loading import make_augment, make_loader
-from vitmix.train.run import pick_device
+from vitmix.train.provenance import pick_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -24,10 +24,10 @@ from vitmix.plots.report import Page, Picture, write_page
 from vitmix.plots.style import LIGHT, Theme, themed
 from vitmix.train.checkpoint import make_model
 from vitmix.train.data import ImageData, load_data
-from vitmix.train.folder import claim_folder, write_json, write_yaml
+from vitmix.train.folder import MARKER, claim_folder, replacing, write_json, write_text
 from vitmix.train.methods import in_words, method_of, parse_method, unused_options
 from vitmix.train.provenance import commit, versions
-from vitmix.train.run import check_config, default_name, train_run, try_step
+from vitmix.train.run import Interrupted, check_config, default_name, train_run, try_step
 from vitmix.train.stages import build_mixing
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def compare(
     methods: Sequence[str],
     seeds: Sequence[int],
     *,
+    resume: Path | None = None,
     title: str = "",
     command: str = "",
 ) -> Comparison:
@@ -81,6 +82,14 @@ def compare(
 
     Teachers of ``tokenmix`` with ``teacher="auto"`` are the runs of ``none`` with the same seed,
     where there are such.
+
+    Args:
+        config: the settings that the runs share.
+        methods: the methods.
+        seeds: the seeds.
+        resume: folder of a comparison to go on with; finished runs in it are not trained again.
+        title: heading of the report.
+        command: what the report says it was made by.
 
     Raises:
         InputError: settings that do not fit; nothing was written.
@@ -95,11 +104,15 @@ def compare(
     for chosen in settled.values():
         _try_method(chosen, data)
     default = default_name("compare", data.name, config.model)
-    folder = claim_folder(config.out, config.name, default, config.overwrite)
-    settings = {"methods": ",".join(methods), "seeds": ",".join(map(str, seeds))}
-    write_yaml(folder / "config.yaml", settings | config.to_dict())
+    listed = ",".join(map(str, seeds))
+    settings: dict[str, Any] = {
+        "methods": ",".join(methods),
+        "seeds": listed if len(seeds) > 1 else "1",
+        **replace(config, seed=seeds[0]).to_dict(),
+    }
+    folder = resume or claim_folder(config.out, config.name, default, config.overwrite, settings)
     print(f"data    {data.name}: {len(data.train)} training, {len(data.test)} test images")
-    print(f"model   {config.model}, {config.epochs} epochs, seeds {settings['seeds']}")
+    print(f"model   {config.model}, {config.epochs} epochs, seeds {listed}")
     print(f"folder  {folder}", flush=True)
     results: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
     examples: dict[str, list[Example]] = {}
@@ -107,19 +120,19 @@ def compare(
     # The plain runs first: they are the teachers.
     order = [(seed, method) for seed in seeds for method in sorted(methods, key="none".__ne__)]
     for number, (seed, method) in enumerate(order, 1):
-        run = train_run(
-            replace(
-                settled[method],
-                seed=seed,
-                out=str(folder),
-                name=f"{Path(method).stem}-seed{seed}",
-                overwrite=False,
-            ),
-            data=data,
-            teacher_run=plain.get(seed),
-            label=f"[{number}/{len(order)}] {Path(method).stem} seed {seed}  ",
-            verbose=False,
-        )
+        name = f"{Path(method).stem}-seed{seed}"
+        begun = folder / name
+        try:
+            run = train_run(
+                replace(settled[method], seed=seed, out=str(folder), name=name, overwrite=False),
+                data=data,
+                teacher_run=plain.get(seed),
+                resume=begun if (begun / MARKER).is_file() else None,
+                label=f"[{number}/{len(order)}] {Path(method).stem} seed {seed}  ",
+                verbose=False,
+            )
+        except Interrupted:
+            raise Interrupted(f"go on with vitmix compare --resume {folder}") from None
         results[method].append(run.results)
         if method == "none":
             plain[seed] = run.folder
@@ -128,7 +141,7 @@ def compare(
         write_json(folder / "compare.json", _document(config, seeds, results))
     summaries = [summarise(method, results[method]) for method in methods]
     rows = table_rows(summaries)
-    (folder / "compare.md").write_text(as_markdown(header(summaries), rows), encoding="utf-8")
+    write_text(folder / "compare.md", as_markdown(header(summaries), rows))
     metrics = {
         Path(method).stem: [
             read_metrics(folder / f"{Path(method).stem}-seed{seed}") for seed in seeds
@@ -136,7 +149,9 @@ def compare(
         for method in methods
     }
     with themed(LIGHT):
-        learning_curves(metrics).savefig(folder / "compare.png", dpi=160)
+        figure = learning_curves(metrics)
+        with replacing(folder / "compare.png") as temporary:
+            figure.savefig(temporary, dpi=160)
     report = folder / "report.html"
     page = _page(config, data, summaries, metrics, examples, seeds)
     page.title, page.command = title or page.title, command or page.command

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vitmix.plots.style import DARK, LIGHT, Theme, themed
+from vitmix.train.folder import write_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -111,7 +112,7 @@ def write_page(page: Page, path: Path) -> None:
         ]
         parts.append("</dl>")
     parts.append("<footer>Written by vitmix.</footer></main></body></html>")
-    path.write_text("\n".join(parts), encoding="utf-8")
+    write_text(path, "\n".join(parts))
 
 
 def _table(page: Page) -> str:

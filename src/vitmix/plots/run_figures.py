@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from vitmix.plots.curves import learning_curves, mixing_curves, read_metrics
 from vitmix.plots.examples import collect_examples, examples_figure
 from vitmix.plots.style import LIGHT, themed
+from vitmix.train.folder import replacing
 from vitmix.train.methods import method_name
 
 if TYPE_CHECKING:
@@ -32,5 +33,6 @@ def save_run_figures(run: RunResult) -> list[Path]:
         paths = []
         for stem, figure in figures.items():
             paths.append(run.folder / f"{stem}.png")
-            figure.savefig(paths[-1], dpi=160)
+            with replacing(paths[-1]) as temporary:
+                figure.savefig(temporary, dpi=160)
     return paths

@@ -1,9 +1,7 @@
-"""What happens around the steps: progress on the console, averaged weights, checkpoints."""
+"""What happens around the steps: progress on the console, averaged weights."""
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -13,13 +11,11 @@ from lightning.pytorch.callbacks import Callback
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import lightning.pytorch as pl
 
     from vitmix.train.module import MixingTask
 
-__all__ = ["Checkpoints", "ConsoleProgress", "WeightAverage"]
+__all__ = ["ConsoleProgress", "WeightAverage"]
 
 
 class ConsoleProgress(Callback):
@@ -30,6 +26,11 @@ class ConsoleProgress(Callback):
         self.bar: Any = None
         self.started = 0.0
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Within an epoch, where a run goes on; Lightning has counted the epoch's start before."""
+        if trainer.fit_loop.restarted_mid_epoch:
+            self.on_train_epoch_start(trainer, pl_module)
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock and, on a terminal, the bar."""
         self.started = time.perf_counter()
@@ -37,6 +38,7 @@ class ConsoleProgress(Callback):
             from tqdm import tqdm
 
             self.bar = tqdm(
+                initial=trainer.global_step % int(trainer.num_training_batches),
                 total=int(trainer.num_training_batches),
                 desc=f"{self.label}epoch {trainer.current_epoch + 1}/{trainer.max_epochs}",
                 unit="step",
@@ -98,9 +100,11 @@ class WeightAverage(Callback):
         return task.mixing.model.state_dict()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start from the first weights."""
-        if not self.average:
-            self.average = {key: value.clone() for key, value in self._state(pl_module).items()}
+        """Start from the first weights, or go on with the average of a checkpoint."""
+        self.average = {
+            key: self.average.get(key, value).to(value.device, copy=True)
+            for key, value in self._state(pl_module).items()
+        }
         task: MixingTask = pl_module  # type: ignore[assignment]
         task.averaged = self.average
 
@@ -129,60 +133,16 @@ class WeightAverage(Callback):
             pl_module.mixing.model.load_state_dict(self.swapped)  # type: ignore[union-attr]
             self.swapped = None
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Put the weights back, so that a checkpoint made now is right."""
-        self.on_validation_end(trainer, pl_module)
+        """The average is stored by the task."""
+        self.average = checkpoint["vitmix"]["averaged"]
 
     def state_dict(self) -> dict[str, Any]:
-        """Kept in checkpoints; the average itself is stored by the task."""
+        """Kept in checkpoints."""
         return {"steps": self.steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue counting."""
         self.steps = state_dict["steps"]
-
-
-class Checkpoints(Callback):
-    """``last.ckpt`` after each epoch and on Ctrl-C, ``best.ckpt`` at the highest top-1."""
-
-    def __init__(self, folder: Path) -> None:
-        self.last = folder / "last.ckpt"
-        self.best = folder / "best.ckpt"
-        self.best_top1 = -1.0
-        self.best_epoch = 0
-
-    def _save(self, trainer: pl.Trainer) -> None:
-        """Write beside, then rename: a reader never sees half a file."""
-        temporary = self.last.with_suffix(".tmp")
-        trainer.save_checkpoint(temporary)
-        os.replace(temporary, self.last)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save, and copy if it is the best so far."""
-        task: MixingTask = pl_module  # type: ignore[assignment]
-        top1 = task.history[-1]["val/top1"]
-        better = top1 > self.best_top1
-        if better:
-            self.best_top1, self.best_epoch = top1, trainer.current_epoch + 1
-        self._save(trainer)
-        if better:
-            temporary = self.best.with_suffix(".tmp")
-            shutil.copyfile(self.last, temporary)
-            os.replace(temporary, self.best)
-
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        """Keep what was learned when the user stops the run."""
-        if isinstance(exception, KeyboardInterrupt):
-            self._save(trainer)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The best figure so far."""
-        return {"best_top1": self.best_top1, "best_epoch": self.best_epoch}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from it."""
-        self.best_top1, self.best_epoch = state_dict["best_top1"], state_dict["best_epoch"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,15 +12,29 @@ import torch
 
 from vitmix.errors import InputError
 from vitmix.train.config import TrainConfig
+from vitmix.train.methods import method_of
+from vitmix.train.provenance import device_name, fingerprint, pick_device
 
 if TYPE_CHECKING:
     from torch import nn
 
     from vitmix.train.data import ImageData
 
-__all__ = ["FORMAT", "TrainedModel", "load_trained", "make_facts", "make_model"]
+__all__ = [
+    "BEST",
+    "FORMAT",
+    "LAST",
+    "PREVIOUS",
+    "TrainedModel",
+    "load_trained",
+    "make_facts",
+    "make_model",
+    "newest_checkpoint",
+    "read_checkpoint",
+]
 
 FORMAT = 1
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 _PREFIX = "mixing.model."
 
 
@@ -65,7 +81,9 @@ def make_model(config: TrainConfig, num_classes: int, img_size: int) -> nn.Modul
     return model
 
 
-def make_facts(config: TrainConfig, data: ImageData) -> dict[str, Any]:
+def make_facts(
+    config: TrainConfig, data: ImageData, teacher: nn.Module | None = None
+) -> dict[str, Any]:
     """Plain values that go into every checkpoint of a run."""
     import vitmix
 
@@ -77,25 +95,37 @@ def make_facts(config: TrainConfig, data: ImageData) -> dict[str, Any]:
         "img_size": data.img_size,
         "mean": list(data.mean),
         "std": list(data.std),
+        "made_from": {
+            "data": fingerprint(
+                tensor
+                for split in (data.train, data.test)
+                for tensor in (split.labels, split.images)
+                if tensor is not None
+            ),
+            "method": repr(method_of(config)),
+            "teacher": None if teacher is None else fingerprint(teacher.state_dict().values()),
+            "maps": None if data.maps is None else repr(data.maps.facts),
+        },
+        "made_on": {
+            "torch": str(torch.__version__),
+            "device": device_name(torch.device(pick_device(config.device))),
+        },
     }
 
 
-def load_trained(path: str | Path, *, model: str | None = None) -> TrainedModel:
-    """Build the model of a run folder or checkpoint file.
-
-    Args:
-        path: a checkpoint, or a run folder (its ``last.ckpt``).
-        model: the model that the checkpoint should be of; by default whichever it is.
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The contents of a checkpoint file, every byte of it checked.
 
     Raises:
-        InputError: no checkpoint, not one of vitmix, or of another model.
+        InputError: no checkpoint, a damaged one, or not one of vitmix.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "last.ckpt"
     if not path.is_file():
         raise InputError(f"expected a run folder or a checkpoint, there is no {path}")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at checksums
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"wrong checksum of {damaged}")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and pickle raise many kinds for a file that is not theirs
         raise InputError(
@@ -108,6 +138,45 @@ def load_trained(path: str | Path, *, model: str | None = None) -> TrainedModel:
             f"expected a checkpoint that vitmix train wrote, {path} is not one; "
             "give last.ckpt or best.ckpt of a run"
         )
+    return dict(content)
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint of a run that can be read, with its path; None if there is none yet.
+
+    A damaged one is passed over for the one before, and a line on standard error says so.
+
+    Raises:
+        InputError: none can be read.
+    """
+    paths = [folder / name for name in (LAST, PREVIOUS) if (folder / name).is_file()]
+    for path in paths:
+        try:
+            return path, read_checkpoint(path)
+        except InputError:  # noqa: PERF203
+            if path == paths[-1]:
+                raise
+            print(f"vitmix: {path} is damaged, taking {paths[-1].name} before it", file=sys.stderr)
+    return None
+
+
+def load_trained(path: str | Path, *, model: str | None = None) -> TrainedModel:
+    """Build the model of a run folder or checkpoint file.
+
+    Args:
+        path: a checkpoint, or a run folder (its newest checkpoint).
+        model: the model that the checkpoint should be of; by default whichever it is.
+
+    Raises:
+        InputError: no checkpoint, not one of vitmix, or of another model.
+    """
+    path = Path(path)
+    found = newest_checkpoint(path) if path.is_dir() else None
+    if found is None:
+        path = path / LAST if path.is_dir() else path
+        found = path, read_checkpoint(path)
+    path, content = found
+    facts = content["vitmix"]
     config = TrainConfig.from_dict(facts["config"])
     stored = config.model
     config.model = model or config.model

@@ -222,6 +222,12 @@ class TrainConfig:
     log_interval: int | None = option(
         "Run", None, "steps between two logged values (default: about 1000 in a run)"
     )
+    checkpoint_steps: int | None = option(
+        "Run", None, "steps between two checkpoints within an epoch (each epoch's end has one)"
+    )
+    checkpoint_minutes: float | None = option(
+        "Run", 10.0, "minutes between two checkpoints within an epoch, or null"
+    )
     out: str = option("Run", "runs", "folder that run folders are made in")
     name: str | None = option("Run", None, "name of the run folder (default: a new, telling one)")
     overwrite: bool = option("Run", False, "replace an earlier run of the same name")
@@ -256,6 +262,7 @@ class TrainConfig:
             "block": 0, "vertical_block": 0, "epochs": 1, "batch_size": 1, "warmup_epochs": 0,
             "weight_decay": 0, "min_lr": 0, "threads": 1, "max_steps": 1, "aug_repeats": 1,
             "log_interval": 1, "seed": 0, "mixup": 0, "cutmix": 0,
+            "checkpoint_steps": 1, "checkpoint_minutes": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)

@@ -110,13 +110,14 @@ class MixingTask(pl.LightningModule):
             means = {key: float(total) / self._counts[key] for key, total in self._sums.items()}
             groups = self.optimizers().param_groups  # type: ignore[union-attr]
             means["lr"] = max(group["lr"] for group in groups)
-            self._write(means)
+            self._write(means, self.global_step + 1)
             self._sums.clear()
             self._counts.clear()
 
-    def _write(self, values: dict[str, float]) -> None:
+    def _write(self, values: dict[str, float], steps: int) -> None:
+        """Log what is known after so many steps of the run."""
         for logger in self.loggers:
-            logger.log_metrics(values, step=self.global_step)
+            logger.log_metrics(values, step=steps)
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor | None], batch_idx: int) -> None:
         """Measure the model on test images as they are."""
@@ -140,7 +141,7 @@ class MixingTask(pl.LightningModule):
             entry["train/epoch_loss"] = float(torch.stack(self._epoch_loss).mean())
             self._epoch_loss.clear()
         self.history.append(entry)
-        self._write(entry)
+        self._write(entry, self.global_step)
 
     def configure_optimizers(self) -> Any:
         """The optimiser, with linear warm-up and a cosine down to ``min_lr``."""
@@ -157,9 +158,21 @@ class MixingTask(pl.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what is needed to build the model again."""
+        """Add what is needed to build the model again, and the figures that are not closed yet."""
         checkpoint["vitmix"] = {
             **self.facts,
             "metrics": dict(self.history[-1]) if self.history else {},
             "averaged": self.averaged,
+            "history": self.history,
+            "sums": self._sums,
+            "counts": self._counts,
+            "epoch_loss": self._epoch_loss,
         }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the figures."""
+        stored = checkpoint["vitmix"]
+        self.history = stored["history"]
+        self._sums = {key: value.to(self.device) for key, value in stored["sums"].items()}
+        self._counts = stored["counts"]
+        self._epoch_loss = [value.to(self.device) for value in stored["epoch_loss"]]

@@ -5,11 +5,20 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
+import zlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-__all__ = ["commit", "device_name", "versions"]
+from vitmix.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor
+
+__all__ = ["commit", "device_name", "fingerprint", "pick_device", "versions"]
 
 PACKAGES = ("vitmix", "torch", "torchvision", "timm", "lightning", "torchmetrics", "numpy", "scipy")
 
@@ -44,6 +53,17 @@ def commit() -> str | None:
         return None
 
 
+def pick_device(name: str) -> str:
+    """``auto`` resolved; an accelerator that is not there is refused."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(),
+             "mps": torch.backends.mps.is_available()}  # fmt: skip
+    if name == "auto":
+        return "cuda" if there["cuda"] else "mps" if there["mps"] else "cpu"
+    if not there.get(name, False):
+        raise InputError(f"expected --device {name} to be available, PyTorch finds none; use cpu")
+    return name
+
+
 def device_name(device: torch.device) -> str:
     """A name for people: the GPU's, or the processor's with its threads."""
     if device.type == "cuda":
@@ -59,3 +79,13 @@ def device_name(device: torch.device) -> str:
     except OSError:
         pass
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> int:
+    """A number that changes with any byte or size of these tensors."""
+    value = 0
+    for tensor in tensors:
+        value = zlib.crc32(repr(tuple(tensor.shape)).encode(), value)
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        value = zlib.crc32(raw.numpy().data, value)
+    return value

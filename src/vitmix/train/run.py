@@ -4,33 +4,45 @@ from __future__ import annotations
 
 import logging
 import re
-import signal
-import time
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vitmix.errors import InputError
-from vitmix.train.callbacks import Checkpoints, ConsoleProgress, WeightAverage
-from vitmix.train.checkpoint import load_trained, make_facts, make_model
+from vitmix.train.callbacks import ConsoleProgress, WeightAverage
+from vitmix.train.checkpoint import (
+    LAST,
+    load_trained,
+    make_facts,
+    make_model,
+    newest_checkpoint,
+)
 from vitmix.train.data import ImageData, load_data
-from vitmix.train.folder import claim_folder, write_json, write_yaml
+from vitmix.train.folder import MARKER, claim_folder, write_json
 from vitmix.train.loading import make_augment, make_loader
+from vitmix.train.logs import MetricsTable
 from vitmix.train.methods import method_name, method_of
 from vitmix.train.module import MixingTask, NonFiniteLossError
 from vitmix.train.optimiser import check_optimiser, parameter_groups
 from vitmix.train.policies import make_policy
-from vitmix.train.provenance import commit, device_name, versions
+from vitmix.train.provenance import commit, device_name, pick_device, versions
+from vitmix.train.resume import check_origin, finished_results
+from vitmix.train.saving import (
+    Checkpoints,
+    RandomStates,
+    WholeFiles,
+    restored_signals,
+    seed_everything,
+)
 from vitmix.train.stages import build_mixing
 from vitmix.train.teachers import find_teacher
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import lightning.pytorch as pl
     from torch import nn
@@ -43,7 +55,6 @@ __all__ = [
     "RunResult",
     "check_config",
     "default_name",
-    "pick_device",
     "train_run",
     "try_step",
 ]
@@ -68,20 +79,27 @@ def train_run(
     *,
     data: ImageData | None = None,
     teacher_run: Path | None = None,
+    resume: Path | None = None,
     label: str = "",
     verbose: bool = True,
+    finish: Callable[[RunResult], object] | None = None,
 ) -> RunResult:
     """Train a model as ``config`` says, and leave a folder with everything about it.
+
+    A run that goes on ends with the weights that it would have had without a stop, bit for bit
+    where PyTorch itself repeats its numbers, as on the CPU. One that has ended is read again.
 
     Args:
         config: the settings.
         data: the data set, where it has been read before.
         teacher_run: run folder of a plain model to be the teacher with ``teacher="auto"``.
+        resume: folder of a run to go on with; ``config`` must be that of the run.
         label: put in front of each line of progress.
         verbose: print what is trained and where it is written.
+        finish: is called with the result before ``results.json`` marks the run as finished.
 
     Raises:
-        InputError: settings, data or model do not fit; nothing was written.
+        InputError: settings, data, model or checkpoint do not fit; nothing was written.
         NonFiniteLossError: the loss became NaN; the message names the step and the checkpoint.
         Interrupted: Ctrl-C; the message names the checkpoint.
     """
@@ -89,8 +107,11 @@ def train_run(
     spec = method_of(config)
     data = data or load_data(config)
     classes = len(data.classes)
+    path, saved = (newest_checkpoint(resume) if resume is not None else None) or (None, None)
     torch.manual_seed(config.seed)
-    model = make_model(config, classes, data.img_size)
+    # The weights of a checkpoint replace pretrained ones.
+    fetched = config if saved is None else replace(config, pretrained=False)
+    model = make_model(fetched, classes, data.img_size)
     online = spec.needs_teacher and config.teacher_maps is None
     teacher = _make_teacher(config, data) if online else None
     mixing = build_mixing(
@@ -103,12 +124,19 @@ def train_run(
         *((config.recipe,) if config.recipe else (data.name, config.model, method_name(config))),
         f"seed{config.seed}",
     )
-    folder = claim_folder(config.out, config.name, default, config.overwrite)
-    write_yaml(folder / "config.yaml", config.to_dict())
+    folder = resume or claim_folder(
+        config.out, config.name, default, config.overwrite, config.to_dict()
+    )
     if verbose:
         _announce(config, data, mixing, folder)
+        if resume is not None:
+            steps = 0 if saved is None else saved["global_step"]
+            print(f"resume  after step {steps}", flush=True)
     if teacher is not None and config.teacher == "auto":
         _fill_teacher(teacher, config, data, teacher_run, folder, label)
+    facts = make_facts(config, data, teacher)
+    if saved is not None:
+        check_origin(saved["vitmix"], facts)
     if teacher is not None:
         teacher.to(pick_device(config.device))  # labels hold it, no module does
 
@@ -118,21 +146,40 @@ def train_run(
         mixing, config,
         augment=make_augment(data, config, generator, train=True),
         prepare=make_augment(data, config, generator, train=False),
-        num_classes=classes, epoch_steps=len(loader), facts=make_facts(config, data),
+        num_classes=classes, epoch_steps=len(loader), facts=facts,
     )  # fmt: skip
     if config.channels_last:
         task.to(memory_format=torch.channels_last)
-    checkpoints = Checkpoints(folder)
-    torch.manual_seed(config.seed)
-    started = datetime.now(timezone.utc)
-    clock = time.perf_counter()
-    trainer = _make_trainer(config, folder, checkpoints, label)
-    _fit(trainer, task, loader, make_loader(data, config, train=False), checkpoints)
-    seconds = time.perf_counter() - clock
+    results = finished_results(folder)
+    if results is not None and saved is not None:
+        task.on_load_checkpoint(saved)
+        task.load_state_dict(saved["state_dict"])
+        return RunResult(folder, results, task, data)
+    if path is not None and path.name != LAST:  # a damaged one gives way to the one before
+        path = path.replace(folder / LAST)
+    checkpoints = Checkpoints(
+        folder, steps=config.checkpoint_steps, minutes=config.checkpoint_minutes
+    )
+    states = RandomStates(mixing=mixing.generator, augment=generator)
+    trainer = _make_trainer(config, folder, [states, checkpoints], label, saved)
+    seed_everything(config.seed)
+    _fit(trainer, task, loader, make_loader(data, config, train=False), checkpoints, path)
     if teacher is not None:
         teacher.cpu()  # as Lightning does with everything else
+    run = RunResult(folder, _results(config, data, task, checkpoints), task, data)
+    if finish is not None:
+        finish(run)
+    write_json(folder / "results.json", run.results)
+    return run
+
+
+def _results(
+    config: TrainConfig, data: ImageData, task: MixingTask, checkpoints: Checkpoints
+) -> dict[str, Any]:
+    """What ``results.json`` holds."""
     last = task.history[-1]
-    results = {
+    images = min(task.steps * config.batch_size, len(data.train) * config.epochs)
+    return {
         "top1": last["val/top1"],
         "top5": last["val/top5"],
         "loss": last["val/loss"],
@@ -143,24 +190,21 @@ def train_run(
         "method": method_name(config),
         "model": config.model,
         "data": config.data,
-        "parameters": sum(p.numel() for p in mixing.model.parameters()),
-        "classes": classes,
+        "parameters": sum(p.numel() for p in task.mixing.model.parameters()),
+        "classes": len(data.classes),
         "train_images": len(data.train),
         "test_images": len(data.test),
         "skipped_images": data.skipped,
         "seed": config.seed,
         "precision": config.precision,
-        "device": device_name(trainer.strategy.root_device),
-        "seconds": seconds,
-        "images_per_second": min(task.steps * config.batch_size, len(data.train) * config.epochs)
-        / seconds,
-        "started": started.isoformat(timespec="seconds"),
+        "device": device_name(torch.device(pick_device(config.device))),
+        "seconds": checkpoints.seconds,
+        "images_per_second": images / checkpoints.seconds,
+        "started": checkpoints.started,
         "commit": commit(),
         "versions": versions(),
         "config": config.to_dict(),
     }
-    write_json(folder / "results.json", results)
-    return RunResult(folder, results, task, data)
 
 
 def check_config(config: TrainConfig) -> None:
@@ -189,17 +233,6 @@ def try_step(mixing: MixingModel, data: ImageData) -> None:
 def default_name(*parts: str) -> str:
     """A folder name of these words, without signs that file systems dislike."""
     return re.sub(r"[^\w.+-]+", "_", "-".join(parts))
-
-
-def pick_device(name: str) -> str:
-    """``auto`` resolved; an accelerator that is not there is refused."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(),
-             "mps": torch.backends.mps.is_available()}  # fmt: skip
-    if name == "auto":
-        return "cuda" if there["cuda"] else "mps" if there["mps"] else "cpu"
-    if not there.get(name, False):
-        raise InputError(f"expected --device {name} to be available, PyTorch finds none; use cpu")
-    return name
 
 
 def _announce(config: TrainConfig, data: ImageData, mixing: Any, folder: Path) -> None:
@@ -244,22 +277,32 @@ def _fill_teacher(
     """Load the plain model of ``run`` into the teacher; train one first where there is none."""
     if run is None:
         plain = config.without_method(out=str(folder), name="teacher")
-        print(f"{label}training the teacher: {config.model} without mixing", flush=True)
-        run = train_run(plain, data=data, label=f"{label}teacher ", verbose=False).folder
+        run = folder / "teacher"
+        resume = run if (run / MARKER).is_file() else None
+        if resume is None or finished_results(run) is None:
+            print(f"{label}training the teacher: {config.model} without mixing", flush=True)
+            try:
+                train_run(plain, data=data, resume=resume, label=f"{label}teacher ", verbose=False)
+            except Interrupted:
+                raise Interrupted(f"go on with --resume {folder}") from None
     teacher.load_state_dict(load_trained(run).model.state_dict())
 
 
 def _make_trainer(
-    config: TrainConfig, folder: Path, checkpoints: Checkpoints, label: str
+    config: TrainConfig,
+    folder: Path,
+    saving: list[pl.Callback],
+    label: str,
+    saved: dict[str, Any] | None,
 ) -> pl.Trainer:
     import lightning.pytorch as pl
-    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+    from lightning.pytorch.loggers import TensorBoardLogger
 
     precision: Any = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
     callbacks: list[pl.Callback] = (
         [WeightAverage(config.model_ema_decay)] if config.model_ema else []
     )
-    callbacks += [ConsoleProgress(label), checkpoints]
+    steps = 0 if saved is None else saved["global_step"]
     with _quiet():
         return pl.Trainer(
             accelerator={"cuda": "gpu"}.get(device := pick_device(config.device), device),
@@ -267,11 +310,13 @@ def _make_trainer(
             precision=precision[config.precision],
             max_epochs=config.epochs,
             gradient_clip_val=config.clip_grad,
-            callbacks=callbacks,
+            callbacks=[*callbacks, ConsoleProgress(label), *saving],
             logger=[
-                CSVLogger(folder, name="", version=""),
-                TensorBoardLogger(folder, name="tensorboard", version=""),
+                MetricsTable(folder / "metrics.csv", steps),
+                # Values of later steps, which a stopped run may have written, are void.
+                TensorBoardLogger(folder, name="tensorboard", version="", purge_step=steps + 1),
             ],
+            plugins=[WholeFiles()],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -281,13 +326,18 @@ def _make_trainer(
 
 
 def _fit(
-    trainer: pl.Trainer, task: MixingTask, train: Any, test: Any, checkpoints: Checkpoints
+    trainer: pl.Trainer,
+    task: MixingTask,
+    train: Any,
+    test: Any,
+    checkpoints: Checkpoints,
+    path: Path | None,
 ) -> None:
     """Train; Ctrl-C and a broken loss become errors that say where the checkpoint is."""
     kept = f"the checkpoint is {checkpoints.last}"
-    with _quiet(), _restored_interrupt():
+    with _quiet(), restored_signals():
         try:
-            trainer.fit(task, train, test)
+            trainer.fit(task, train, test, ckpt_path=path, weights_only=True)
         except NonFiniteLossError as error:
             where = kept if checkpoints.last.exists() else "no epoch was finished"
             raise NonFiniteLossError(f"{error}; {where}; try a smaller --lr") from None
@@ -296,18 +346,7 @@ def _fit(
             if isinstance(error, SystemExit) and not trainer.interrupted:
                 raise
             where = kept if checkpoints.last.exists() else "nothing was trained yet"
-            raise Interrupted(where) from None
-
-
-@contextmanager
-def _restored_interrupt() -> Iterator[None]:
-    """Lightning ignores further Ctrl-C once it has seen one; give the handler back."""
-    try:
-        before = signal.getsignal(signal.SIGINT)
-        yield
-    finally:
-        with suppress(ValueError):  # not the main thread
-            signal.signal(signal.SIGINT, before)
+            raise Interrupted(f"{where}; go on with --resume {checkpoints.folder}") from None
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from vitmix.teacher import ActivationMaps
 from vitmix.train.augment import normalise
 from vitmix.train.data import find_source, image_side
 from vitmix.train.decoding import DECODE_ERRORS, CorruptImageError, centred, pixels_of
-from vitmix.train.run import pick_device
+from vitmix.train.provenance import pick_device
 from vitmix.train.teachers import find_teacher
 
 if TYPE_CHECKING:
