@@ -22,7 +22,7 @@ import vitmix
 class CallRecorder:
     """Attention of every block in the pass that counts, and of a learned query that pools.
 
-    The last call of a block is the real one: a look ahead at its queries and keys comes before.
+    The last calls of a block are the real ones: a look ahead at its queries and keys comes before.
     """
 
     def __init__(self, mixing: vitmix.MixingModel, patch: pytest.MonkeyPatch) -> None:
@@ -90,7 +90,7 @@ class CallRecorder:
             self._inside = False
 
     def _on_softmax(self, result: torch.Tensor) -> None:
-        if self._index is not None and result.ndim >= 4:
+        if self._index is not None and result.ndim >= 3:
             self.attention[self._index] = result.detach()
         elif self._index is None and result.ndim == 4 and result.shape[2] == 1:
             self.rows.append(result.detach())
@@ -112,7 +112,7 @@ class _Softmaxes(TorchFunctionMode):
 
 def explicit(query: Any, key: Any, mask: Any, scale: float | None) -> torch.Tensor:
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scores = torch.einsum("bhnd,bhmd->bhnm", query, key) * scale
+    scores = query @ key.transpose(-2, -1) * scale
     scores = scores if mask is None else scores + mask.detach()
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
     return weights / weights.sum(-1, keepdim=True)

@@ -6,8 +6,6 @@ To add a family: a function that makes a small model for ``NUM_CLASSES`` classes
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,25 +13,8 @@ import torch
 from torch import nn
 
 from models import NUM_CLASSES
-
-SIDE = 64
-
-
-@dataclass(frozen=True)
-class Staged:
-    """A family with what its tests need to know.
-
-    Attributes:
-        make: makes the model for images of ``side`` pixels.
-        block: a block in the middle that horizontal mixing acts at.
-        vertical: a block that vertical mixing may act at, or None if it is refused.
-        side: side of the images in pixels.
-    """
-
-    make: Callable[[], Any]
-    block: int = 3
-    vertical: int | None = None
-    side: int = SIDE
+from staged import SIDE, Staged
+from timm_pyramids import PYRAMIDS
 
 
 def make_swin(name: str, side: int = SIDE, window: int = 4, **options: Any) -> nn.Module:
@@ -125,6 +106,7 @@ STAGED: dict[str, Staged] = {
     "hf-swin-padded": Staged(partial(make_huggingface_swin, side=72, window=5), side=72),
     "hf-swin-v2": Staged(partial(make_huggingface_swin, "v2", attention="eager")),
     "torchvision-maxvit": Staged(make_torchvision_maxvit),
+    **PYRAMIDS,
 }
 
 

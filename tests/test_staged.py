@@ -80,6 +80,16 @@ def merge(labels: torch.Tensor, prefix: int, old: Any, new: Any) -> torch.Tensor
     return torch.cat([labels[:, :prefix], torch.stack(cells, 1)], 1)
 
 
+def head_mean(backbone: Any, index: int, attention: torch.Tensor) -> torch.Tensor:
+    """Mean over heads ``(B', N, M)`` of a recorded map, by where its heads are."""
+    block = backbone.blocks[index]
+    if block.heads:
+        attention = attention.reshape(-1, block.heads, *attention.shape[1:])
+    if block.heads_first:
+        return attention.mean(1).flatten(0, 1)
+    return attention.mean(-3).flatten(0, -3)
+
+
 def dense(reach: Any, mean: torch.Tensor, size: int) -> torch.Tensor:
     """The explicit matrix of tokens by tokens, from attention within windows."""
     if reach.windows is None:
@@ -144,8 +154,7 @@ def brute_force(
             weight = blend.own_weight[:, None, None]
             labels = weight * labels + (1 - weight) * labels[blend.partner]
         reach = backbone.reach(index, grid)
-        attention = recorder.attention[index]
-        mean = attention.flatten(0, -4).mean(1)
+        mean = head_mean(backbone, index, recorder.attention[index])
         keys = merge(labels, prefix, grid, reach.keys) if reach.keys else labels
         if any(stage.block == index for stage in verticals):
             keys = torch.cat([labels, *kept], 1)
@@ -210,7 +219,7 @@ def test_attention_labels_equal_explicit_attention(
     backbone, last = mixing.backbone, mixing.backbone.depth - 1
     first = backbone.grid((images.shape[2], images.shape[3]))
     grid = backbone.block_grid(last, first)
-    mean = recorder.attention[last].flatten(0, -4).mean(1)
+    mean = head_mean(backbone, last, recorder.attention[last])
     row = saliency_of(backbone.reach(last, grid), backbone, mean, len(images))
     row = row / row.sum(1, keepdim=True)
     plan = out.trace.pixels
@@ -324,7 +333,7 @@ def test_following_shares_changes_nothing_else(family: str) -> None:
 
 @pytest.mark.parametrize("family", STAGED)
 def test_the_kernels_stay_the_same(family: str) -> None:
-    """Following shares calls the attention kernels that the model alone calls, as often."""
+    """Following shares calls attention kernels as often as the model alone, none less fused."""
     mixing = make(family, "tl-align").train()
     images, targets = images_for(family)
     with Kernels() as plain:
@@ -333,7 +342,7 @@ def test_the_kernels_stay_the_same(family: str) -> None:
         mixing(images, targets)
     pools = {"attention": 1, "class_attention": mixing.backbone.class_layers}
     plain.counts["_softmax"] += pools.get(mixing.backbone.pooling, 0)
-    assert mixed.counts["scaled_dot_product"] == plain.counts["scaled_dot_product"]
+    assert mixed.counts.total() == plain.counts.total()
     assert mixed.counts["_softmax"] <= plain.counts["_softmax"]
 
 
@@ -375,7 +384,10 @@ def test_gradient_checkpointing(family: str) -> None:
         if checkpointed and hasattr(model, "gradient_checkpointing_enable"):
             model.gradient_checkpointing_enable({"use_reentrant": False})
         elif checkpointed and hasattr(model, "set_grad_checkpointing"):
-            model.set_grad_checkpointing()
+            try:
+                model.set_grad_checkpointing()
+            except AssertionError:
+                pytest.skip("the model has no gradient checkpointing")
         elif checkpointed:
             pytest.skip("the model has no switch for gradient checkpointing")
         assert mixing.backbone.recomputes() is checkpointed

@@ -7,7 +7,7 @@ knows nothing of it, and every ``softmax`` of models that write attention by han
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from vitmix.backbones.base import Block
 from vitmix.errors import UnsupportedModelError
 from vitmix.functional.saliency import query_key_attention
 
@@ -36,7 +37,11 @@ _SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax, torch.special.softma
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """The arguments of one ``scaled_dot_product_attention``."""
+    """The arguments of one ``scaled_dot_product_attention``.
+
+    Attributes:
+        given: the call as the model made it and the block that did, if it was rearranged.
+    """
 
     query: Tensor
     key: Tensor
@@ -46,9 +51,32 @@ class AttentionCall:
     is_causal: bool = False
     scale: float | None = None
     enable_gqa: bool = False
+    given: tuple[AttentionCall, Block] | None = None
+
+    def within(self, block: Block | None) -> AttentionCall:
+        """The same with ``(B', H, N, d)`` queries, keys and values of as many heads each."""
+        if block is None:
+            return self
+        query, key, value = map(block.by_heads, (self.query, self.key, self.value))
+        mask = self.attn_mask
+        if mask is not None and query is not self.query:
+            mask = block.by_heads(mask.expand(*self.query.shape[:-1], self.key.shape[-2]))
+        if key.shape[1] == 1:
+            key, value = (each.expand(-1, query.shape[1], -1, -1) for each in (key, value))
+        given = (self, block)
+        return replace(self, query=query, key=key, value=value, attn_mask=mask, given=given)
+
+    def as_given(self, result: Tensor) -> Tensor:
+        """A result ``(B', H, N, d)`` as the model takes it."""
+        if self.given is None:
+            return result
+        call, block = self.given
+        return block.as_called(result, call.query)
 
     def run(self) -> Tensor:
-        """Compute what the model asked for."""
+        """Compute what the model asked for, as it asked for it."""
+        if self.given is not None:
+            return self.given[0].run()
         options: dict[str, Any] = {"enable_gqa": True} if self.enable_gqa else {}
         return F.scaled_dot_product_attention(
             self.query,
@@ -69,6 +97,7 @@ class AttentionTap(TorchFunctionMode):
         on_fused: takes a fused call and returns its result.
         on_softmax: takes an attention map ``(..., H, N, M)`` after softmax.
         paused: whether to let everything pass unseen for now.
+        block: the block that calls, or None outside of blocks: knows where heads are.
     """
 
     def __init__(
@@ -76,9 +105,11 @@ class AttentionTap(TorchFunctionMode):
         on_fused: Callable[[AttentionCall], Tensor],
         on_softmax: Callable[[Tensor], None],
         paused: Callable[[], bool] = bool,
+        block: Callable[[], Block | None] = lambda: None,
     ) -> None:
         super().__init__()
         self._paused = paused
+        self._block = block
         self._on_fused = on_fused
         self._on_softmax = on_softmax
 
@@ -93,13 +124,15 @@ class AttentionTap(TorchFunctionMode):
         if self._paused():
             return func(*args, **kwargs)
         if func is _FUSED:
-            return self._on_fused(AttentionCall(*args, **kwargs))
+            return self._on_fused(AttentionCall(*args, **kwargs).within(self._block()))
         if func is F.multi_head_attention_forward:
             with self:
                 return _OPEN_ATTENTION(*args, **kwargs)
         result = func(*args, **kwargs)
-        if func in _SOFTMAX and result.ndim >= 4:
-            self._on_softmax(result)
+        if func in _SOFTMAX:
+            block = self._block()
+            if result.ndim >= (3 if block is not None and block.heads else 4):
+                self._on_softmax(result if block is None else block.by_heads(result))
         return result
 
 
@@ -111,7 +144,7 @@ class _Stop(Exception):  # noqa: N818 - control flow, not an error
         self.found = found
 
 
-def read_query_key(block: nn.Module, tokens: Tensor, run: Run) -> AttentionCall | Tensor:
+def read_query_key(block: Block, tokens: Tensor, run: Run) -> AttentionCall | Tensor:
     """Run a block up to its attention and no further.
 
     Args:
@@ -120,7 +153,7 @@ def read_query_key(block: nn.Module, tokens: Tensor, run: Run) -> AttentionCall 
         run: runs the block on tokens as the model does, without the block's own hooks.
 
     Returns:
-        The fused call, or the attention map ``(B, H, T, T)`` of a hand-written attention.
+        The fused call, or the attention map ``(B', H, T, T)`` of a hand-written attention.
 
     Raises:
         UnsupportedModelError: the block ran to its end without attention.
@@ -133,17 +166,17 @@ def read_query_key(block: nn.Module, tokens: Tensor, run: Run) -> AttentionCall 
         raise _Stop(found)
 
     try:
-        with AttentionTap(stop, stop_at_map):
-            run(block, tokens)
+        with AttentionTap(stop, stop_at_map, block=lambda: block):
+            run(block.module, tokens)
     except _Stop as stopped:
         return stopped.found
     raise UnsupportedModelError(
         "looked for scaled_dot_product_attention or a softmax over (B, H, N, N) in "
-        f"{type(block).__name__}, found neither"
+        f"{type(block.module).__name__}, found neither"
     )
 
 
-def read_attention(block: nn.Module, tokens: Tensor, run: Run) -> tuple[Tensor, Tensor]:
+def read_attention(block: Block, tokens: Tensor, run: Run) -> tuple[Tensor, Tensor]:
     """Run a block and read its attention map.
 
     Args:
@@ -169,10 +202,10 @@ def read_attention(block: nn.Module, tokens: Tensor, run: Run) -> tuple[Tensor, 
     def softmax(attention: Tensor) -> None:
         maps.append(attention.float().mean(1, keepdim=True))
 
-    with AttentionTap(fused, softmax):
-        output = run(block, tokens)
+    with AttentionTap(fused, softmax, block=lambda: block):
+        output = run(block.module, tokens)
     if len(maps) != 1:
         raise UnsupportedModelError(
-            f"looked for one attention in {type(block).__name__}, found {len(maps)}"
+            f"looked for one attention in {type(block.module).__name__}, found {len(maps)}"
         )
     return output, maps[0]

@@ -20,7 +20,12 @@ from vitmix.attention import AttentionCall, AttentionTap, read_attention, read_q
 from vitmix.backbones import Backbone, Block
 from vitmix.compilation import uncompiled
 from vitmix.errors import UnsupportedModelError
-from vitmix.functional.alignment import attend_with_shares, attended_shares, pooled_shares
+from vitmix.functional.alignment import (
+    attend_with_shares,
+    attended_by_keys,
+    attended_shares,
+    pooled_shares,
+)
 from vitmix.functional.grids import Grid, coarsen, spread
 from vitmix.functional.mixture import Mixture
 from vitmix.functional.precision import wide
@@ -160,7 +165,12 @@ class Flow:
     def _tap(self) -> AbstractContextManager[object]:
         if not self._reads_attention:
             return nullcontext()
-        return AttentionTap(self._on_fused, self._on_softmax, lambda: self._paused)
+        return AttentionTap(
+            self._on_fused, self._on_softmax, lambda: self._paused, self._block_at_hand
+        )
+
+    def _block_at_hand(self) -> Block | None:
+        return None if self._index is None else self.backbone.blocks[self._index]
 
     def pooled_shares(self) -> Tensor | None:
         """``(B, K)`` shares of what the classifier sees, after the pass; None if not followed."""
@@ -341,10 +351,11 @@ class Flow:
         """Saliency of tokens from the attention of the blocks they are about to enter."""
         self._paused = True
         try:
-            ahead = [block.module for block in self.backbone.blocks[index : index + steps + 1]]
+            ahead = self.backbone.blocks[index : index + steps + 1]
+            modules = [block.module for block in ahead]
             reach = self.backbone.reach(index, self._grid)
             if steps == 0:
-                with aside(ahead, tokens.device):
+                with aside(modules, tokens.device):
                     return self._saliency_of(read_query_key(ahead[0], tokens, run), reach)
             _, _, args, kwargs = run.args
             if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
@@ -354,9 +365,9 @@ class Flow:
                     "blocks are given. Use saliency='attention'"
                 )
             maps = []
-            with aside(ahead, tokens.device):
-                for module in ahead:
-                    tokens, attention = read_attention(module, tokens, run)
+            with aside(modules, tokens.device):
+                for block in ahead:
+                    tokens, attention = read_attention(block, tokens, run)
                     maps.append(attention)
             return self._saliency_of(attention_rollout(maps)[:, None], reach)
         finally:
@@ -403,19 +414,20 @@ class Flow:
                 "looked for attention (B, H, N, d) with as many key heads as query heads, found "
                 f"{tuple(call.query.shape)} and {tuple(call.key.shape)}"
             )
+        options: dict[str, Any] = {
+            "attn_mask": call.attn_mask,
+            "is_causal": call.is_causal,
+            "scale": call.scale,
+        }
+        shares = self._key_shares()
+        if self._recomputes:  # the model's own call stays as it is
+            self._keep_attended(attended_by_keys(call.query, call.key, shares, **options))
+            return call.run()
         output, attended = attend_with_shares(
-            call.query,
-            call.key,
-            call.value,
-            self._key_shares(),
-            attn_mask=call.attn_mask,
-            dropout_p=call.dropout_p,
-            is_causal=call.is_causal,
-            scale=call.scale,
-            separate=self._recomputes,
+            call.query, call.key, call.value, shares, dropout_p=call.dropout_p, **options
         )
         self._keep_attended(attended)
-        return output
+        return call.as_given(output)
 
     def _on_softmax(self, attention: Tensor) -> None:
         if self._index is None:

@@ -73,8 +73,12 @@ class Block:
             (B, h, w, D) or ``"channels_first"`` (B, D, h, w).
         stride: sides of the first block's token grid over those of this one's.
         width: channels D of a token, or None for ``embed_dim`` of the backbone.
-        reach: which tokens attend to which, for a token grid; None if all do to all.
-        attentions: attention calls of the block, whose results are added up.
+        reach: which tokens attend to which, for a token grid, prefix tokens aside; None if all do
+            to all.
+        attentions: attention calls of the block, whose results are added up or stand side by side.
+        heads: heads of an attention call that has them in its batch, ``(B heads, ..., N, d)``; 0
+            for ``(..., heads, N, d)``.
+        heads_first: whether heads come before windows, ``(B, heads, windows, N, d)``.
         residual: whether the block adds what goes into the attention to what comes out.
         skip_outside: whether that is done outside of ``module`` (which then is no more than the
             attention branch).
@@ -88,8 +92,28 @@ class Block:
     width: int | None = None
     reach: Callable[[Grid], Reach] | None = None
     attentions: int = 1
+    heads: int = 0
+    heads_first: bool = False
     residual: bool = True
     skip_outside: bool = False
+
+    def by_heads(self, tensor: Tensor) -> Tensor:
+        """Queries, keys, values or maps of an attention call as ``(B', heads, N, d)``."""
+        if tensor.ndim == 4 and not (self.heads or self.heads_first):
+            return tensor
+        if self.heads:
+            tensor = tensor.reshape(-1, self.heads, *tensor.shape[1:])
+        if self.heads_first:
+            tensor = tensor.transpose(1, 2)
+        return tensor.flatten(0, -4)
+
+    def as_called(self, result: Tensor, query: Tensor) -> Tensor:
+        """A result ``(B', heads, N, d)`` in the order of the call's queries."""
+        if query.ndim == 4 and not (self.heads or self.heads_first):
+            return result
+        if self.heads_first:
+            result = result.reshape(-1, query.shape[-3], *result.shape[1:]).transpose(1, 2)
+        return result.reshape(*query.shape[:-1], result.shape[-1])
 
     def flatten(self, tokens: Tensor) -> Tensor:
         """Tokens in the block's layout as ``(B, T, D)``."""
@@ -222,7 +246,8 @@ class Backbone:
     def reach(self, index: int, grid: Grid) -> Reach:
         """Which tokens attend to which in a block, for its token grid."""
         reach = self.blocks[index].reach
-        return Reach(grid, self.num_prefix_tokens) if reach is None else reach(grid)
+        found = Reach(grid) if reach is None else reach(grid)
+        return replace(found, num_prefix_tokens=self.num_prefix_tokens)
 
     def require_block(self, what: str, index: int) -> None:
         """Check that a block exists; negative numbers count from the end.

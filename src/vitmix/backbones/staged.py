@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from vitmix.backbones.base import Block, Reason
+from vitmix.backbones.base import Backbone, Block, Layout, Pooling, Reason, is_made_by
+from vitmix.errors import UnsupportedModelError
 from vitmix.functional.grids import Grid
+from vitmix.functional.reach import Reach, windows
 
 __all__ = [
     "BIASED",
+    "MAPPED",
     "REDUCED",
     "WINDOWED",
+    "StagedFamily",
+    "Stages",
+    "attends",
     "average_reason",
-    "grid_by",
+    "describe_staged",
+    "in_windows",
     "recomputes_of",
     "reduce_by",
-    "staged_blocks",
     "stages_of",
-    "width_of",
+    "to_reduced",
 ]
 
 WINDOWED = (
@@ -33,8 +39,90 @@ REDUCED = (
     "be merged in"
 )
 BIASED = "a position bias in attention: a token that is put behind the others has no position"
+MAPPED = "tokens laid out as a map: there is no place behind the others"
 
 Stages = Iterable[tuple[nn.Module, int]]
+
+
+def stages_of(model: Any) -> Stages:
+    """Stages of a timm model, each with the pixels that a side of its tokens stands for."""
+    return [(model.get_submodule(info["module"]), info["reduction"]) for info in model.feature_info]
+
+
+@dataclass(frozen=True)
+class StagedFamily:
+    """How a class of timm's models attends.
+
+    Attributes:
+        module: where the class is defined.
+        block: the block that a module is, with ``stride`` of its own queries; None if it is none.
+        vertical: why a block cannot attend to more tokens than its own, or None if it can.
+        stages: stages of a model, each with the pixels that a side of its tokens stands for.
+        grid: token grid of an input size; the pixels divided, rounded up, by default.
+    """
+
+    module: str
+    block: Callable[[Any], Block | None]
+    vertical: Reason
+    stages: Callable[[Any], Stages] = stages_of
+    grid: Callable[[Any], Callable[[tuple[int, int]], Grid]] | None = None
+
+
+def describe_staged(families: Mapping[str, StagedFamily], model: nn.Module) -> Backbone | None:
+    """Describe a model of one of these classes; None for any other.
+
+    Raises:
+        UnsupportedModelError: a model of one of these classes without attention.
+    """
+    for name, family in families.items():
+        if is_made_by(model, family.module, name):
+            return _describe(family, model)
+    return None
+
+
+def _describe(family: StagedFamily, model: Any) -> Backbone:
+    name = f"timm {type(model).__name__}"
+    blocks, pixels = _blocks(name, family.stages(model), family.block)
+    prefix = int(getattr(model, "num_prefix_tokens", getattr(model, "num_tokens", 0)))
+    pooling, reason = _pooling(model)
+    return Backbone(
+        family=name,
+        blocks=blocks,
+        embed_dim=blocks[0].width or 0,
+        num_prefix_tokens=prefix,
+        class_token=prefix > 0,
+        pooling=pooling,
+        grid=partial(reduce_by, stride=pixels) if family.grid is None else family.grid(model),
+        recomputes=recomputes_of(model),
+        alignment_reason=reason,
+        vertical_reason=family.vertical,
+    )
+
+
+def _blocks(
+    name: str, stages: Stages, describe: Callable[[Any], Block | None]
+) -> tuple[tuple[Block, ...], int]:
+    """Blocks, and the pixels that a side of a token stands for at the first of them."""
+    found = [
+        (pixels // block.stride, block)
+        for stage, pixels in stages
+        for block in map(describe, stage.modules())
+        if block is not None
+    ]
+    if not found:
+        raise UnsupportedModelError(
+            f"looked for attention between tokens in {name}, found none. The model was not changed."
+        )
+    first = found[0][0]
+    return tuple(replace(block, stride=pixels // first) for pixels, block in found), first
+
+
+def _pooling(model: Any) -> tuple[Pooling, Reason]:
+    pool = getattr(model.head, "global_pool", None) or model.global_pool
+    kind = getattr(pool, "pool_type", pool)
+    if kind == "token":
+        return ("distilled" if getattr(model, "head_dist", None) else "class_token"), None
+    return "average", average_reason(kind)
 
 
 def average_reason(pooling: str) -> Reason:
@@ -44,48 +132,63 @@ def average_reason(pooling: str) -> Reason:
     return f"pooling {pooling!r} is not a weighted mean of tokens; use global_pool='avg'"
 
 
-def reduce_by(grid: Grid, stride: int) -> Grid:
-    """Token grid behind a step that keeps one token a cell, the last cells cut off."""
-    return -(-grid[0] // stride), -(-grid[1] // stride)
-
-
-def grid_by(pixels: int) -> Callable[[tuple[int, int]], Grid]:
-    """Token grid of an input size, for the pixels that one side of a token stands for."""
-    return partial(reduce_by, stride=pixels)
-
-
-def stages_of(model: Any) -> list[tuple[nn.Module, int]]:
-    """Stages of a timm model, each with the pixels that a side of its tokens stands for."""
-    return [(model.get_submodule(info["module"]), info["reduction"]) for info in model.feature_info]
-
-
-def staged_blocks(
-    stages: Stages, describe: Callable[[Any], Block | None]
-) -> tuple[tuple[Block, ...], int]:
-    """Blocks of stages, with strides from the first block's token grid.
+def attends(
+    module: Any,
+    entry: str = "norm1",
+    attention: str = "attn",
+    layout: Layout = "tokens",
+    reach: Callable[[Grid], Reach] | None = None,
+    *,
+    stride: int = 1,
+    **options: Any,
+) -> Block:
+    """A block, by the names of its parts.
 
     Args:
-        stages: each with the pixels that a side of its tokens stands for.
-        describe: the block that a module is, or None if it is none; with ``stride`` of its own
-            queries.
-
-    Returns:
-        Blocks in order, and the pixels that a side of a token stands for at the first of them.
+        module: the block.
+        entry: its layer inside whose input becomes queries, keys and values; it has channels.
+        attention: its attention.
+        layout: see :class:`vitmix.Block`.
+        reach: see :class:`vitmix.Block`.
+        stride: of its queries.
+        options: see :class:`vitmix.Block`.
     """
-    found = [
-        (pixels // block.stride, block)
-        for stage, pixels in stages
-        for block in map(describe, stage.modules())
-        if block is not None
-    ]
-    first = found[0][0]
-    return tuple(replace(block, stride=pixels // first) for pixels, block in found), first
+    layer = module.get_submodule(entry)
+    return Block(
+        module=module,
+        entry=layer,
+        attention=module.get_submodule(attention),
+        layout=layout,
+        stride=stride,
+        width=_width(layer),
+        reach=reach,
+        **options,
+    )
 
 
-def width_of(layer: nn.Module) -> int:
+def _width(layer: nn.Module) -> int:
     """Channels that go into a norm, a linear layer or a 1 x 1 convolution."""
     weight = next(layer.parameters())
     return weight.shape[min(1, weight.ndim - 1)]
+
+
+def reduce_by(grid: Grid, stride: int) -> Grid:
+    """Token grid behind a step that leaves one token of each cell, the last cells cut off."""
+    return -(-grid[0] // stride), -(-grid[1] // stride)
+
+
+def to_reduced(keys: int, queries: int, grid: Grid) -> Reach:
+    """Keys and queries merged by these strides."""
+    return Reach(
+        grid,
+        keys=reduce_by(grid, keys) if keys > 1 else None,
+        queries=reduce_by(grid, queries) if queries > 1 else None,
+    )
+
+
+def in_windows(size: Grid, grid: Grid) -> Reach:
+    """Attention within windows of this size, the last ones padded."""
+    return Reach(grid, windows=windows(grid, size))
 
 
 def recomputes_of(model: nn.Module) -> Callable[[], bool]:

@@ -18,17 +18,9 @@ _REASONS = {
     "GlobalContextVit": f"{_WINDOWS} and {_STAGES}",
     "Hiera": f"{_WINDOWS} and {_STAGES}",
     "HieraDet": f"{_WINDOWS} and {_STAGES}",
-    "Levit": _STAGES,
-    "LevitDistilled": _STAGES,
-    "MultiScaleVit": f"pooled attention and {_STAGES}",
     "Nest": f"{_WINDOWS} and {_STAGES}",
-    "PoolingVisionTransformer": _STAGES,
-    "PyramidVisionTransformerV2": f"attention to reduced keys and {_STAGES}",
     "TNT": "an inner transformer of pixels in each block",
-    "Twins": f"{_WINDOWS} and {_STAGES}",
     "VOLO": "outlook attention and a class token that joins behind the blocks",
-    "VisionTransformerSAM": f"{_WINDOWS} in some blocks",
-    "Visformer": f"convolutions for attention in some stages, and {_STAGES}",
     "Xcit": "attention between channels, which moves no token",
 }
 

@@ -16,7 +16,13 @@ from vitmix.errors import InputError
 from vitmix.functional.precision import no_autocast
 from vitmix.functional.riding import MAX_WIDTH, attend, padded_width
 
-__all__ = ["align_shares", "attend_with_shares", "attended_shares", "pooled_shares"]
+__all__ = [
+    "align_shares",
+    "attend_with_shares",
+    "attended_by_keys",
+    "attended_shares",
+    "pooled_shares",
+]
 
 
 def align_shares(shares: Tensor, attention: Tensor, *, key_shares: Tensor | None = None) -> Tensor:
@@ -79,7 +85,6 @@ def attend_with_shares(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
-    separate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Fused attention that carries shares along: ``softmax(q k) v`` and ``mean_h(A) @ shares``.
 
@@ -97,28 +102,68 @@ def attend_with_shares(
         dropout_p: attention dropout of the model's own output.
         is_causal: as for ``scaled_dot_product_attention``.
         scale: factor on the products; ``1 / sqrt(d)`` by default.
-        separate: take the second call in any case, so that the model's own call stays as it is.
 
     Returns:
         Output ``(B, H, N, e)``, with gradient, and attended shares ``(B, N, K)``, without.
     """
-    width, extra = value.shape[-1], shares.shape[-1]
+    width, extra = max(value.shape[-1], query.shape[-1]), shares.shape[-1]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    # Rows of A sum to 1, so a constant per source can be left at home: what is rounded to the
-    # kernel's dtype is then only the small deviation from it.
-    centre = shares.mean(1, keepdim=True)
-    riders = (shares - centre).to(value.dtype)
-    riders = riders[:, None].expand(-1, value.shape[1], -1, -1)
     options: dict[str, Any] = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale}
-    if separate or dropout_p > 0.0 or padded_width(max(width, query.shape[-1]) + extra) > MAX_WIDTH:
+    if dropout_p > 0.0 or padded_width(width + extra) > MAX_WIDTH:
         output = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, **options)
-        with torch.no_grad():
-            _, attended = attend(query, key, riders[..., :0], riders, **options)
-    else:
-        output, attended = attend(query, key, value, riders, **options)
-    # Rounding may leave a share just below 0 or a row that is not quite 1.
-    attended = (attended.to(shares.dtype) + centre).clamp_min(0)
-    return output, attended / attended.sum(-1, keepdim=True)
+        return output, attended_by_keys(query, key, shares, **options)
+    riders, centre = _riders(shares, value)
+    output, attended = attend(query, key, value, riders, **options)
+    return output, _landed(attended, centre)
+
+
+@torch.no_grad()
+def attended_by_keys(
+    query: Tensor,
+    key: Tensor,
+    shares: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Shares that queries get from what they attend to, by a fused call of their own.
+
+    Args:
+        query: ``(B, H, N, d)``.
+        key: ``(B, H, M, d)``.
+        shares: ``(B, M, K)`` as for :func:`attend_with_shares`.
+        attn_mask: as for ``scaled_dot_product_attention``.
+        is_causal: as for ``scaled_dot_product_attention``.
+        scale: factor on the products; ``1 / sqrt(d)`` by default.
+
+    Returns:
+        ``(B, N, K)``, rows sum to 1.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    riders, centre = _riders(shares, key)
+    nothing = riders[..., :0]
+    options: dict[str, Any] = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale}
+    return _landed(attend(query, key, nothing, riders, **options)[1], centre)
+
+
+def _riders(shares: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Shares as value channels ``(B, H, M, K)``, less their mean ``(B, 1, K)``.
+
+    Rows of A sum to 1, so a constant per source can be left at home: what is rounded to the
+    kernel's dtype is then only the small deviation from it.
+    """
+    centre = shares.mean(1, keepdim=True)
+    return (shares - centre).to(like.dtype)[:, None].expand(-1, like.shape[1], -1, -1), centre
+
+
+def _landed(attended: Tensor, centre: Tensor) -> Tensor:
+    """Shares ``(B, N, K)`` from what riders have become.
+
+    Rounding may leave a share just below 0 or a row that is not quite 1.
+    """
+    attended = (attended.to(centre.dtype) + centre).clamp_min(0)
+    return attended / attended.sum(-1, keepdim=True)
 
 
 def pooled_shares(shares: Tensor, weights: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitmix.functional.precision import no_autocast
 
-__all__ = ["Grid", "coarsen", "overlap", "spread"]
+__all__ = ["Grid", "coarsen", "overlap", "refine", "spread"]
 
 Grid = tuple[int, int]
 
@@ -51,6 +51,31 @@ def coarsen(shares: Tensor, old: Grid, new: Grid, *, num_prefix_tokens: int = 0)
     with no_autocast(shares):
         cells = torch.einsum("ih,jw,bhwk->bijk", rows, columns, image.reshape(len(image), *old, -1))
     return torch.cat((prefix, cells.flatten(1, 2)), 1)
+
+
+def refine(shares: Tensor, old: Grid, new: Grid, *, num_prefix_tokens: int = 0) -> Tensor:
+    """Shares on a finer grid: each token has those of the one that stood for it.
+
+    Args:
+        shares: ``(B, num_prefix_tokens + h * w, K)``, rows sum to 1.
+        old: ``(h, w)``.
+        new: ``(h', w')``.
+        num_prefix_tokens: tokens in front, which stay as they are.
+
+    Returns:
+        ``(B, num_prefix_tokens + h' * w', K)``, rows sum to 1.
+
+    Example:
+        >>> refine(torch.tensor([[[1.0], [0.0]]]), (1, 2), (1, 4)).flatten()
+        tensor([1., 1., 0., 0.])
+    """
+    prefix, image = shares[:, :num_prefix_tokens], shares[:, num_prefix_tokens:]
+    rows, columns = (_cells(*sizes).to(shares) for sizes in zip(new, old, strict=True))
+    rows, columns = rows / rows.sum(0), columns / columns.sum(0)
+    image = image.reshape(len(image), *old, -1)
+    with no_autocast(shares):
+        tokens = torch.einsum("ih,jw,bijk->bhwk", rows, columns, image)
+    return torch.cat((prefix, tokens.flatten(1, 2)), 1)
 
 
 def spread(saliency: Tensor, new: Grid, old: Grid) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitmix.functional.grids import Grid, coarsen, spread
+from vitmix.functional.grids import Grid, coarsen, refine, spread
 
 __all__ = ["Reach", "windows"]
 
@@ -79,6 +79,8 @@ class Reach:
             follow one another in the batch; None if it does not.
         keys: coarser grid that keys are reduced to, or None.
         queries: coarser grid that queries are reduced to, and with them what comes out, or None.
+        query_windows: ``(W, M')`` which queries are in each window, if they are not its keys.
+        restored: whether what comes out of a reduced query goes to all tokens that it stands for.
     """
 
     grid: Grid
@@ -86,6 +88,8 @@ class Reach:
     windows: Tensor | None = None
     keys: Grid | None = None
     queries: Grid | None = None
+    query_windows: Tensor | None = None
+    restored: bool = False
 
     @property
     def kind(self) -> str:
@@ -99,18 +103,25 @@ class Reach:
     @property
     def result_grid(self) -> Grid:
         """Token grid that comes out."""
-        return self.queries or self.grid
+        return self.grid if self.restored else self._query_grid
 
     def sizes(self, batch: int) -> tuple[int, int, int]:
         """Batch, queries and keys of the attention call for a batch of images."""
-        if self.windows is not None:
-            return batch * self.windows.shape[0], self.windows.shape[1], self.windows.shape[1]
-        queries, keys = (rows * columns for rows, columns in (self.result_grid, self._key_grid))
+        if self.windows is not None and self._query_table is not None:
+            count, keys = self.windows.shape
+            return batch * count, self._query_table.shape[1], keys
+        queries, keys = (
+            rows * columns for rows, columns in (self._query_grid, self.keys or self.grid)
+        )
         return batch, self.num_prefix_tokens + queries, self.num_prefix_tokens + keys
 
     @property
-    def _key_grid(self) -> Grid:
-        return self.keys or self.grid
+    def _query_grid(self) -> Grid:
+        return self.queries or self.grid
+
+    @property
+    def _query_table(self) -> Tensor | None:
+        return self.windows if self.query_windows is None else self.query_windows
 
     def key_shares(self, shares: Tensor) -> Tensor:
         """Shares of what queries attend to.
@@ -130,7 +141,9 @@ class Reach:
 
     def own_shares(self, shares: Tensor) -> Tensor:
         """Shares that the residual connection carries past the attention, ``(B, T', K)``."""
-        return shares if self.queries is None else self._coarsened(shares, self.queries)
+        return (
+            shares if self.result_grid == self.grid else self._coarsened(shares, self._query_grid)
+        )
 
     def merged(self, attended: Tensor) -> Tensor:
         """From the batch of the attention call back to tokens.
@@ -141,21 +154,24 @@ class Reach:
         Returns:
             ``(B, T', K)``.
         """
-        if self.windows is None:
-            return attended
-        count, places = self.windows.shape
-        tokens = attended.reshape(-1, count * places, attended.shape[-1])
-        return tokens[:, _places(self.windows, self.grid, count * places).to(tokens.device)]
+        table, grid = self._query_table, self._query_grid
+        if table is not None:
+            places = _places(table, grid).to(attended.device)
+            attended = attended.reshape(-1, table.numel(), attended.shape[-1])[:, places]
+        if self.result_grid != grid:
+            prefix = self.num_prefix_tokens
+            attended = refine(attended, grid, self.result_grid, num_prefix_tokens=prefix)
+        return attended
 
     def query_weights(self, device: torch.device) -> Tensor | None:
-        """``(W, M)`` weight of each query in an image's mean over queries; None if all are alike.
+        """``(W, M')`` weight of each query in an image's mean over queries; None if all are alike.
 
-        Queries of one window are 1 / (h w) each, padding does not count.
+        Queries are 1 / (h w) each, padding does not count.
         """
-        if self.windows is None:
+        if self._query_table is None:
             return None
-        total = self.grid[0] * self.grid[1]
-        return (self.windows < total).to(device, torch.float32) / total
+        total = self._query_grid[0] * self._query_grid[1]
+        return (self._query_table < total).to(device, torch.float32) / total
 
     def image_saliency(self, saliency: Tensor) -> Tensor:
         """Saliency of keys as saliency of the tokens that went in.
@@ -167,15 +183,18 @@ class Reach:
             ``(B, N)``: that of a reduced key is divided evenly among the tokens it stands for.
         """
         if self.windows is not None:
-            return self.merged(saliency[..., None])[..., 0]
+            table = self.windows.flatten().to(saliency.device)
+            places = saliency.reshape(-1, len(table))
+            tokens = places.new_zeros(len(places), self.grid[0] * self.grid[1] + 1)
+            return tokens.index_add(1, table, places)[:, :-1]
         return saliency if self.keys is None else spread(saliency, self.keys, self.grid)
 
     def _coarsened(self, shares: Tensor, grid: Grid) -> Tensor:
         return coarsen(shares, self.grid, grid, num_prefix_tokens=self.num_prefix_tokens)
 
 
-def _places(table: Tensor, grid: Grid, count: int) -> Tensor:
+def _places(table: Tensor, grid: Grid) -> Tensor:
     """Where in the row of all windows each token of the grid is."""
     places = torch.empty(grid[0] * grid[1] + 1, dtype=torch.int64)
-    places[table.flatten()] = torch.arange(count)
+    places[table.flatten()] = torch.arange(table.numel())
     return places[:-1]
