@@ -81,7 +81,7 @@ def test_a_wrong_grid_is_found_at_the_first_block() -> None:
         num_classes=NUM_CLASSES,
         backbone=backbone,
     )
-    with pytest.raises(vitmix.UnsupportedModelError, match=r"\(6, 25, D\) .* found \(6, 16, 32\)"):
+    with pytest.raises(vitmix.UnsupportedModelError, match=r"5 x 5 tokens .* found \(6, 16, 32\)"):
         mixing.train()(*batch())
     assert hooks(model) == 0
 
