@@ -85,6 +85,25 @@ def make_huggingface_swin(
     return getattr(transformers, f"Swin{version}ForImageClassification")(config)
 
 
+def make_huggingface_pyramid(name: str, attention: str = "eager", **options: Any) -> Any:
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(
+        depths=[2, 2, 2],
+        hidden_sizes=[16, 16, 32],
+        num_attention_heads=[1, 2, 2],
+        num_encoder_blocks=3,
+        patch_sizes=[7, 3, 3],
+        strides=[4, 2, 2],
+        sr_ratios=[4, 2, 1],
+        mlp_ratios=[2, 2, 2],
+        num_labels=NUM_CLASSES,
+        attn_implementation=attention,
+        **options,
+    )
+    return getattr(transformers, f"{name}ForImageClassification")(config)
+
+
 STAGED: dict[str, Staged] = {
     "swin": Staged(partial(make_swin, "swin_tiny_patch4_window7_224")),
     # 18, 9 and 5 tokens a side: windows and merging with padding.
@@ -105,6 +124,11 @@ STAGED: dict[str, Staged] = {
     # 18, 9 and 5 tokens a side in windows of 5: padding, shifts and a window that covers its grid.
     "hf-swin-padded": Staged(partial(make_huggingface_swin, side=72, window=5), side=72),
     "hf-swin-v2": Staged(partial(make_huggingface_swin, "v2", attention="eager")),
+    "hf-pvt-v2": Staged(partial(make_huggingface_pyramid, "PvtV2")),
+    # 15, 8 and 4 tokens a side: the last 3 of a row have no key in the first stage.
+    "hf-pvt-v2-left-over": Staged(partial(make_huggingface_pyramid, "PvtV2"), side=58),
+    "hf-segformer": Staged(partial(make_huggingface_pyramid, "Segformer", "sdpa")),
+    "hf-segformer-eager": Staged(partial(make_huggingface_pyramid, "Segformer")),
     "torchvision-maxvit": Staged(make_torchvision_maxvit),
     **PYRAMIDS,
 }

@@ -64,11 +64,13 @@ def make(family: str, method: str) -> vitmix.MixingModel:
 # Brute force, from the definition.
 
 
-def merge(labels: torch.Tensor, prefix: int, old: Any, new: Any) -> torch.Tensor:
+def merge(
+    labels: torch.Tensor, prefix: int, old: Any, new: Any, stride: Any = None
+) -> torch.Tensor:
     """Labels of merged tokens: the mean over the cell of each, cut off at the border."""
     if old == new:
         return labels
-    stride = (-(-old[0] // new[0]), -(-old[1] // new[1]))
+    stride = stride or (-(-old[0] // new[0]), -(-old[1] // new[1]))
     grid = labels[:, prefix:].reshape(len(labels), *old, -1)
     cells = [
         grid[:, r * stride[0] : (r + 1) * stride[0], c * stride[1] : (c + 1) * stride[1]].mean(
@@ -119,7 +121,7 @@ def saliency_of(reach: Any, backbone: Any, mean: torch.Tensor, size: int) -> tor
     row = mean[:, 0, prefix:] if backbone.class_token else mean[:, prefix:, prefix:].mean(1)
     if reach.keys is None:
         return row
-    stride = (-(-rows // reach.keys[0]), -(-columns // reach.keys[1]))
+    stride = reach.cell or (-(-rows // reach.keys[0]), -(-columns // reach.keys[1]))
     out = row.new_zeros(size, rows, columns)
     for key in range(row.shape[1]):
         r, c = divmod(key, reach.keys[1])
@@ -155,7 +157,7 @@ def brute_force(
             labels = weight * labels + (1 - weight) * labels[blend.partner]
         reach = backbone.reach(index, grid)
         mean = head_mean(backbone, index, recorder.attention[index])
-        keys = merge(labels, prefix, grid, reach.keys) if reach.keys else labels
+        keys = merge(labels, prefix, grid, reach.keys, reach.cell) if reach.keys else labels
         if any(stage.block == index for stage in verticals):
             keys = torch.cat([labels, *kept], 1)
         for stage in verticals:
@@ -397,6 +399,22 @@ def test_gradient_checkpointing(family: str) -> None:
         found.append([p.grad for p in mixing.parameters() if p.grad is not None])
     for expected, observed in zip(*found, strict=True):
         torch.testing.assert_close(observed, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_plain_pass_before_the_backward_pass_is_not_mixed() -> None:
+    """The same images tell no second pass, which begins from them, from another pass."""
+    mixing = make("hf-pvt-v2", "horizontal").train()
+    model: Any = mixing.model
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    plain = copy.deepcopy(model)
+    images, targets = images_for("hf-pvt-v2")
+    out = mixing(images, targets)
+    torch.manual_seed(1)
+    found = model(images).logits
+    torch.manual_seed(1)
+    assert torch.equal(found, plain(images).logits)
+    out.loss().backward()
+    assert hooks(model) == 0
 
 
 @pytest.mark.parametrize("family", STAGED)

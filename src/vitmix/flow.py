@@ -40,6 +40,7 @@ from vitmix.functional.saliency import (
 from vitmix.functional.vertical import salient_indices, take_tokens
 from vitmix.replay import (
     BlockRecord,
+    PartRecord,
     Replay,
     add_to_tokens,
     call_after_backward,
@@ -97,7 +98,7 @@ class Flow:
         self._attention_block = attention_block
         self._recomputes = recomputes
         self._records: dict[int, BlockRecord] = {}
-        self._regions: dict[nn.Module, list[TensorWeakRef]] = {}
+        self._parts: dict[nn.Module, list[PartRecord]] = {}
         self.replay: Replay | None = None
         self._collected: dict[VerticalTokenMixup, list[tuple[Tensor, Tensor]]] = {
             stage: [] for stages in verticals.values() for stage in stages
@@ -148,8 +149,8 @@ class Flow:
                     handles.append(block.attention.register_forward_hook(cut))
                 handles.append(block.module.register_forward_hook(leave))
             handles += [
-                region.register_forward_pre_hook(self._enter_region)
-                for region in (self.backbone.regions if self._recomputes else ())
+                part.register_forward_pre_hook(self._enter_part)
+                for part in (self.backbone.parts if self._recomputes else ())
             ]
             if self._follow and self.backbone.pool_scores is not None:
                 handles.append(self.backbone.pool_scores.register_forward_hook(self._keep_scores))
@@ -285,9 +286,10 @@ class Flow:
     def _keep_scores(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._scores = output
 
-    def _enter_region(self, region: nn.Module, args: tuple[Any, ...]) -> None:
+    def _enter_part(self, part: nn.Module, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], Tensor):
-            self._regions[region] = [TensorWeakRef(args[0])]
+            call = PartRecord([TensorWeakRef(args[0])], len(self._passed))
+            self._parts.setdefault(part, []).append(call)
 
     # What happens at a block.
 
@@ -295,7 +297,7 @@ class Flow:
         """Remember a block's input for the second pass."""
         _require_graph()
         if not self._records:
-            self.replay = Replay(self.backbone, self._records, self._regions)
+            self.replay = Replay(self.backbone, self._records, self._parts)
         self._records[index] = BlockRecord([TensorWeakRef(tokens)])
         if index == 0 and self.replay is not None:
             return call_after_backward(tokens, self.replay.remove)

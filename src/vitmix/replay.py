@@ -22,6 +22,7 @@ from vitmix.tokens import TokenOutcome
 
 __all__ = [
     "BlockRecord",
+    "PartRecord",
     "Replay",
     "add_to_tokens",
     "call_after_backward",
@@ -58,26 +59,37 @@ class BlockRecord:
     extended: TensorWeakRef | None = None
 
 
+@dataclass
+class PartRecord:
+    """A call of a module around or between blocks, from which a second pass may begin.
+
+    Attributes:
+        entered: its input, as for a block.
+        passed: blocks that had been called before.
+    """
+
+    entered: list[TensorWeakRef]
+    passed: int
+
+
 class Replay:
     """Hooks for the second pass of one step; gone when its backward pass has reached the input.
 
     Args:
         backbone: description of the model.
         records: what was done, by block.
-        regions: inputs of the modules around blocks, by which a second pass is known that begins in
-            front of a block.
+        parts: what modules around and between blocks were given.
     """
 
     def __init__(
         self,
         backbone: Backbone,
         records: dict[int, BlockRecord],
-        regions: dict[nn.Module, list[TensorWeakRef]],
+        parts: dict[nn.Module, list[PartRecord]],
     ) -> None:
         self._backbone = backbone
         self._records = records
-        self._regions = regions
-        self._around: list[nn.Module] = []
+        self._parts = parts
         self._handles: list[Any] = []
         self._index: int | None = None
         self._left: int | None = None
@@ -89,8 +101,9 @@ class Replay:
     def over(self) -> bool:
         """Whether no second pass can come any more: the graph of the step is gone."""
         entered = [record.entered for record in self._records.values()]
-        inputs = chain(*entered, *self._regions.values())
-        return all(reference() is None for reference in inputs)
+        entered += [call.entered for calls in self._parts.values() for call in calls]
+        inputs = (reference() for reference in chain.from_iterable(entered))
+        return not any(given is not None and given.requires_grad for given in inputs)
 
     def install(self) -> None:
         """Register the hooks."""
@@ -102,9 +115,8 @@ class Replay:
                 keep(block.entry.register_forward_pre_hook(partial(self._append, index)))
                 keep(block.attention.register_forward_hook(self._cut))
             keep(block.module.register_forward_hook(self._leave))
-        for region in self._regions:
-            keep(region.register_forward_pre_hook(self._enter_region))
-            keep(region.register_forward_hook(self._leave_region, always_call=True))
+        for part in self._parts:
+            self._handles.append(part.register_forward_pre_hook(self._enter_part))
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -112,27 +124,28 @@ class Replay:
             handle.remove()
         self._handles.clear()
 
-    def _enter_region(self, region: nn.Module, args: tuple[Any, ...]) -> None:
-        known = self._regions[region]
-        if args and _is_one_of(args[0], known):
-            self._around.append(region)
-        elif args and self._around:
-            known.append(TensorWeakRef(args[0]))
-            self._around.append(region)
-
-    def _leave_region(self, region: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._around and self._around[-1] is region:
-            self._around.pop()
+    def _enter_part(self, part: nn.Module, args: tuple[Any, ...]) -> None:
+        """Find out behind which block a second pass begins."""
+        if not args or not _in_backward():
+            return
+        for call in self._parts[part]:
+            if _is_one_of(args[0], call.entered):
+                self._left = call.passed - 1
+                return
+        for call in self._parts[part]:
+            if self._left == call.passed - 1:
+                call.entered.append(TensorWeakRef(args[0]))
+                return
 
     def _enter(
         self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         record = self._records[index]
-        follows = self._left is not None and self._left == index - 1
-        if not _is_one_of(args[0], record.entered):
-            if not follows and not self._around:
-                self._index = self._left = self._added = None
-                return None
+        known = _is_one_of(args[0], record.entered)
+        if not _in_backward() or not (known or self._left == index - 1):
+            self._index = self._left = self._added = None
+            return None
+        if not known:
             record.entered.append(TensorWeakRef(args[0]))
         self._index, self._left = index, None
         block, given = self._backbone.blocks[index], args[0]
@@ -174,6 +187,11 @@ def add_to_tokens(output: Any, added: Tensor) -> Any:
     if isinstance(output, tuple):
         return (output[0] + added, *output[1:])
     return output + added
+
+
+def _in_backward() -> bool:
+    """Whether a backward pass is going on here: no other pass is a second one."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _is_one_of(given: object, references: list[TensorWeakRef]) -> bool:

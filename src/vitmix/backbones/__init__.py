@@ -13,6 +13,7 @@ from torch import nn
 from vitmix.backbones import (
     cct,
     huggingface,
+    huggingface_pyramid,
     huggingface_swin,
     timm_maxxvit,
     timm_position,
@@ -40,6 +41,7 @@ _FAMILIES: tuple[Family, ...] = (
     timm_maxxvit,
     timm_pyramids,
     huggingface,
+    huggingface_pyramid,
     huggingface_swin,
     torchvision_vit,
     torchvision_swin,
@@ -114,7 +116,7 @@ def describe(
             pool_scores=pool_scores,
             recomputes=recomputes,
             vertical_reason=vertical_reason,
-        )
+        ).within(model)
     given = (grid, embed_dim, class_token, pooling, pool_scores, recomputes, vertical_reason)
     if num_prefix_tokens or any(argument is not None for argument in given):
         raise InputError(

@@ -154,7 +154,7 @@ class Backbone:
         pool_prefix: for ``"attention"``: whether the query sees prefix tokens too.
         class_layers: for ``"class_attention"``: number of those layers.
         recomputes: whether activations are recomputed in the backward pass just now.
-        regions: modules around blocks, which may be what is recomputed.
+        parts: modules around and between blocks, which may be where recomputation begins.
         alignment_reason: why shares cannot be followed to the output, or None if they can.
         vertical_reason: why a block cannot attend to more tokens than its own, or None if it can.
     """
@@ -170,7 +170,7 @@ class Backbone:
     pool_prefix: bool = True
     class_layers: int = 0
     recomputes: Callable[[], bool] = bool
-    regions: tuple[nn.Module, ...] = ()
+    parts: tuple[nn.Module, ...] = ()
     alignment_reason: Reason = None
     vertical_reason: Reason = None
 
@@ -300,14 +300,13 @@ class Backbone:
                     )
 
     def within(self, model: nn.Module) -> Backbone:
-        """The same, with the modules of the model that lie around its blocks."""
+        """The same, with the modules of the model that lie around and between its blocks."""
         blocks = {block.module for block in self.blocks}
-        regions = (
-            part
-            for part in model.modules()
-            if part is not model and part not in blocks and not blocks.isdisjoint(part.modules())
+        around = [part for part in model.modules() if not blocks.isdisjoint(part.modules())]
+        parts = dict.fromkeys(
+            child for part in around if part not in blocks for child in part.children()
         )
-        return replace(self, regions=tuple(regions))
+        return replace(self, parts=tuple(part for part in parts if part not in blocks))
 
     def pool_shares(self, shares: Tensor, scores: Tensor | None = None) -> Tensor:
         """Shares of the representation that the classifier sees.

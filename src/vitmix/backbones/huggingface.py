@@ -7,7 +7,8 @@ without registers), I-JEPA, CLIP, MetaCLIP 2 and SigLIP, with ``attn_implementat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -18,7 +19,7 @@ from torch import nn
 from vitmix.backbones.base import Backbone, Block, Pooling, Reason, is_made_by
 from vitmix.errors import UnsupportedModelError
 
-__all__ = ["LOOKS_FOR", "describe", "recomputation", "require_readable"]
+__all__ = ["LOOKS_FOR", "describe", "known_version", "recomputation", "require_readable"]
 
 _ATTENTION = ("sdpa", "eager")
 # Where layers are, by model and by version of transformers.
@@ -133,6 +134,22 @@ def _layers(name: str, layout: _Layout, trunk: nn.Module) -> Sequence[Any]:
         f"{layout.trunk} of {name}, found {[child for child, _ in trunk.named_children()]}; this "
         "version of transformers is not known. The model was not changed."
     )
+
+
+@contextmanager
+def known_version(name: str) -> Iterator[None]:
+    """Describe a model inside the context as this version of transformers makes it.
+
+    Raises:
+        UnsupportedModelError: a part lies elsewhere.
+    """
+    try:
+        yield
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"looked for the parts of {name} where transformers 5.23 has them, found that {error}; "
+            "this version of transformers is not known. The model was not changed."
+        ) from error
 
 
 def require_readable(name: str, config: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from vitmix.backbones.base import Backbone, Block, is_made_by
-from vitmix.backbones.huggingface import recomputation, require_readable
+from vitmix.backbones.huggingface import known_version, recomputation, require_readable
 from vitmix.backbones.staged import WINDOWED
 from vitmix.functional.grids import Grid
 from vitmix.functional.reach import Reach, windows
@@ -22,10 +22,12 @@ def describe(model: nn.Module) -> Backbone | None:
     """Describe a Swin classifier of transformers; None if the model is something else."""
     swin: Any = model
     if is_made_by(model, "transformers.models.swin.modeling_swin", "SwinForImageClassification"):
-        return _describe("SwinForImageClassification", swin, swin.swin, norm_first=True)
+        with known_version("SwinForImageClassification"):
+            return _describe("SwinForImageClassification", swin, swin.swin, norm_first=True)
     name = "Swinv2ForImageClassification"
     if is_made_by(model, "transformers.models.swinv2.modeling_swinv2", name):
-        return _describe(name, swin, swin.swinv2, norm_first=False)
+        with known_version(name):
+            return _describe(name, swin, swin.swinv2, norm_first=False)
     return None
 
 

@@ -93,7 +93,7 @@ def _pooled_keys(grid: Grid) -> Reach:
 
 def _strided_keys(stride: Grid, grid: Grid) -> Reach:
     """Keys behind an unpadded convolution as wide as its stride."""
-    return Reach(grid, keys=(grid[0] // stride[0], grid[1] // stride[1]))
+    return Reach(grid, keys=(grid[0] // stride[0], grid[1] // stride[1]), cell=stride)
 
 
 def _twins(module: Any) -> Block | None:

@@ -27,17 +27,20 @@ def overlap(old: int, new: int) -> Tensor:
     return ((upper - lower).clamp_min(0) * new).float()
 
 
-def coarsen(shares: Tensor, old: Grid, new: Grid, *, num_prefix_tokens: int = 0) -> Tensor:
+def coarsen(
+    shares: Tensor, old: Grid, new: Grid, *, num_prefix_tokens: int = 0, cell: Grid | None = None
+) -> Tensor:
     """Shares on a coarser grid: the mean over the tokens that a new one stands for.
 
-    A step that divides the axis leaves whole cells, the last one cut off where an axis was padded;
-    any other size takes what its cells cover by area.
+    Where ``cell`` is not given, a step that divides the axis leaves whole cells, the last one cut
+    off where an axis was padded; any other size takes what its cells cover by area.
 
     Args:
         shares: ``(B, num_prefix_tokens + h * w, K)``, rows sum to 1.
         old: ``(h, w)``.
         new: ``(h', w')``.
         num_prefix_tokens: tokens in front, which stay as they are.
+        cell: rows and columns of tokens that a new one stands for; those left over have none.
 
     Returns:
         ``(B, num_prefix_tokens + h' * w', K)``, rows sum to 1.
@@ -47,7 +50,7 @@ def coarsen(shares: Tensor, old: Grid, new: Grid, *, num_prefix_tokens: int = 0)
         tensor([[[0.2500]]])
     """
     prefix, image = shares[:, :num_prefix_tokens], shares[:, num_prefix_tokens:]
-    rows, columns = (_cells(*sizes).to(shares) for sizes in zip(old, new, strict=True))
+    rows, columns = (axis.to(shares) for axis in _axes(old, new, cell))
     with no_autocast(shares):
         cells = torch.einsum("ih,jw,bhwk->bijk", rows, columns, image.reshape(len(image), *old, -1))
     return torch.cat((prefix, cells.flatten(1, 2)), 1)
@@ -70,7 +73,7 @@ def refine(shares: Tensor, old: Grid, new: Grid, *, num_prefix_tokens: int = 0) 
         tensor([1., 1., 0., 0.])
     """
     prefix, image = shares[:, :num_prefix_tokens], shares[:, num_prefix_tokens:]
-    rows, columns = (_cells(*sizes).to(shares) for sizes in zip(new, old, strict=True))
+    rows, columns = (axis.to(shares) for axis in _axes(new, old, None))
     rows, columns = rows / rows.sum(0), columns / columns.sum(0)
     image = image.reshape(len(image), *old, -1)
     with no_autocast(shares):
@@ -78,13 +81,14 @@ def refine(shares: Tensor, old: Grid, new: Grid, *, num_prefix_tokens: int = 0) 
     return torch.cat((prefix, tokens.flatten(1, 2)), 1)
 
 
-def spread(saliency: Tensor, new: Grid, old: Grid) -> Tensor:
+def spread(saliency: Tensor, new: Grid, old: Grid, *, cell: Grid | None = None) -> Tensor:
     """Saliency on the finer grid that was coarsened: a cell's is divided evenly among its tokens.
 
     Args:
         saliency: ``(B, h' * w')``.
         new: ``(h', w')``.
         old: ``(h, w)``.
+        cell: as for :func:`coarsen`.
 
     Returns:
         ``(B, h * w)`` with the same sum.
@@ -93,19 +97,25 @@ def spread(saliency: Tensor, new: Grid, old: Grid) -> Tensor:
         >>> spread(torch.tensor([[1.0]]), (1, 1), (2, 2))
         tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
     """
-    rows, columns = (_cells(*sizes).to(saliency) for sizes in zip(old, new, strict=True))
+    rows, columns = (axis.to(saliency) for axis in _axes(old, new, cell))
     with no_autocast(saliency):
         tokens = torch.einsum("ih,jw,bij->bhw", rows, columns, saliency.view(-1, *new))
     return tokens.flatten(1)
 
 
-def _cells(old: int, new: int) -> Tensor:
+def _axes(old: Grid, new: Grid, cell: Grid | None) -> list[Tensor]:
+    steps = (None, None) if cell is None else cell
+    return [_cells(*sizes) for sizes in zip(old, new, steps, strict=True)]
+
+
+def _cells(old: int, new: int, step: int | None) -> Tensor:
     """``(new, old)``: weight of each old token of one axis in each new one; rows sum to 1."""
-    stride = -(-old // new)
-    if -(-old // stride) != new:
-        stride = max(1, old // new)
-        if old // stride != new:
-            return overlap(old, new)
-    cell = torch.arange(old) // stride
-    members = (cell == torch.arange(new)[:, None]).float()
+    if step is None:
+        step = -(-old // new)
+        if -(-old // step) != new:
+            step = max(1, old // new)
+            if old // step != new:
+                return overlap(old, new)
+    places = torch.arange(old) // step
+    members = (places == torch.arange(new)[:, None]).float()
     return members / members.sum(1, keepdim=True)

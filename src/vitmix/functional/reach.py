@@ -81,6 +81,8 @@ class Reach:
         queries: coarser grid that queries are reduced to, and with them what comes out, or None.
         query_windows: ``(W, M')`` which queries are in each window, if they are not its keys.
         restored: whether what comes out of a reduced query goes to all tokens that it stands for.
+        cell: rows and columns of tokens that a reduced key stands for, where tokens that don't fill
+            one are left out; None if the sizes of both grids say it.
     """
 
     grid: Grid
@@ -90,6 +92,7 @@ class Reach:
     queries: Grid | None = None
     query_windows: Tensor | None = None
     restored: bool = False
+    cell: Grid | None = None
 
     @property
     def kind(self) -> str:
@@ -137,7 +140,7 @@ class Reach:
             return F.pad(shares, (0, 0, 0, 1))[:, index].flatten(0, 1)
         if self.keys is None:
             return shares
-        return self._coarsened(shares, self.keys)
+        return self._coarsened(shares, self.keys, self.cell)
 
     def own_shares(self, shares: Tensor) -> Tensor:
         """Shares that the residual connection carries past the attention, ``(B, T', K)``."""
@@ -187,10 +190,13 @@ class Reach:
             places = saliency.reshape(-1, len(table))
             tokens = places.new_zeros(len(places), self.grid[0] * self.grid[1] + 1)
             return tokens.index_add(1, table, places)[:, :-1]
-        return saliency if self.keys is None else spread(saliency, self.keys, self.grid)
+        if self.keys is None:
+            return saliency
+        return spread(saliency, self.keys, self.grid, cell=self.cell)
 
-    def _coarsened(self, shares: Tensor, grid: Grid) -> Tensor:
-        return coarsen(shares, self.grid, grid, num_prefix_tokens=self.num_prefix_tokens)
+    def _coarsened(self, shares: Tensor, grid: Grid, cell: Grid | None = None) -> Tensor:
+        prefix = self.num_prefix_tokens
+        return coarsen(shares, self.grid, grid, num_prefix_tokens=prefix, cell=cell)
 
 
 def _places(table: Tensor, grid: Grid) -> Tensor:
