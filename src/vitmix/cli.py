@@ -151,7 +151,8 @@ def _train(options: Any) -> None:
     from vitmix.train.run import train_run
 
     run = train_run(config, resume=resume, finish=save_run_figures)
-    print(_last_lines(run.folder, run.results))
+    if run.first:
+        print(_last_lines(run.folder, run.results))
 
 
 def _last_lines(folder: Path, results: dict[str, Any]) -> str:

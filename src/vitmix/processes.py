@@ -16,6 +16,7 @@ __all__ = [
     "Exchange",
     "alone",
     "gather",
+    "gather_objects",
     "mean_over_processes",
     "process_rank",
     "require_equal_batches",
@@ -57,6 +58,15 @@ def mean_over_processes(value: Tensor, weight: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(both)
     return both[0] / both[1]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """A plain value of each process, in their order."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def gather(rows: Tensor) -> Tensor:

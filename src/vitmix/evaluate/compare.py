@@ -26,6 +26,7 @@ from vitmix.train.checkpoint import make_model
 from vitmix.train.data import ImageData, load_data
 from vitmix.train.folder import MARKER, claim_folder, replacing, write_json, write_text
 from vitmix.train.methods import in_words, method_of, parse_method, unused_options
+from vitmix.train.parallel import Processes
 from vitmix.train.provenance import commit, versions
 from vitmix.train.run import Interrupted, check_config, default_name, train_run, try_step
 from vitmix.train.stages import build_mixing
@@ -99,6 +100,11 @@ def compare(
             f"expected --methods to be different methods between commas, got {','.join(methods)!r}"
         )
     check_config(config)
+    if Processes.of(config).count > 1:
+        raise InputError(
+            "expected one process for a comparison, got several; compare with --devices 1, or "
+            "train each method with vitmix train"
+        )
     data = load_data(config)
     settled = {method: _settings_of(config, method) for method in methods}
     for chosen in settled.values():
@@ -248,7 +254,7 @@ def _page(
         "model": config.model,
         "epochs": str(config.epochs),
         "batch size": str(config.batch_size),
-        "learning rate": f"{config.lr:g}",
+        "learning rate": f"{config.peak_lr:g}",
         "weight decay": f"{config.weight_decay:g}",
         "precision": config.precision,
         "device": str(torch.get_num_threads()) + " CPU threads"

@@ -10,6 +10,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from vitmix.train.parallel import placed_like
+
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
@@ -102,7 +104,7 @@ class WeightAverage(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start from the first weights, or go on with the average of a checkpoint."""
         self.average = {
-            key: self.average.get(key, value).to(value.device, copy=True)
+            key: placed_like(self.average.get(key, value), value)
             for key, value in self._state(pl_module).items()
         }
         task: MixingTask = pl_module  # type: ignore[assignment]

@@ -17,11 +17,14 @@ from vitmix.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["TEACH_OPTIONS", "Device", "Interpolation", "Precision", "TrainConfig", "suggest"]
+__all__ = [
+    "TEACH_OPTIONS", "Device", "Interpolation", "Precision", "Strategy", "TrainConfig", "suggest",
+]  # fmt: skip
 
 T = TypeVar("T")
 Precision = Literal["fp32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Strategy = Literal["ddp", "fsdp"]
 Interpolation = Literal["bicubic", "bilinear"]
 Stages = dict[str, Any] | list[Any] | str  # a name, {name: ..., argument: ...}, or several of them
 
@@ -192,12 +195,20 @@ class TrainConfig:
 
     epochs: int = option("Optimisation", 10, "passes over the training data")
     max_steps: int | None = option("Optimisation", None, "stop after so many steps (a dry run)")
-    batch_size: int = option("Optimisation", 128, "images a step")
+    batch_size: int = option("Optimisation", 128, "images a step, of all processes together")
     opt: str = option("Optimisation", "adamw", "optimiser by timm's name: adamw, sgd, lamb, ...")
     opt_kwargs: dict[str, Any] | None = option(
         "Optimisation", None, "more arguments of the optimiser, such as {betas: [0.9, 0.95]}"
     )
     lr: float = option("Optimisation", 6e-4, "peak learning rate")
+    lr_base_size: int | None = option(
+        "Optimisation",
+        None,
+        "batch size that --lr is meant for; with another --batch-size it is scaled",
+    )
+    lr_base_scale: Literal["linear", "sqrt"] = option(
+        "Optimisation", "linear", "how it is scaled with the batch size"
+    )
     layer_decay: float | None = option(
         "Optimisation", None, "factor of the learning rate from a layer to the one before"
     )
@@ -216,6 +227,11 @@ class TrainConfig:
 
     precision: Precision = option("Run", "fp32", "arithmetic of the model")
     device: Device = option("Run", "auto", "where to run")
+    devices: int = option("Run", 1, "processes on each node, one a GPU (on the CPU: any number)")
+    nodes: int = option("Run", 1, "machines, on each of which torchrun or srun starts the program")
+    strategy: Strategy = option(
+        "Run", "ddp", "how several processes train: ddp (whole copies) or fsdp (shards)"
+    )
     channels_last: bool = option("Run", False, "channels-last memory layout (faster convolutions)")
     threads: int | None = option("Run", None, "CPU threads (default: PyTorch's choice)")
     seed: int = option("Run", 0, "seed of weights, order, augmentation and mixing")
@@ -231,6 +247,16 @@ class TrainConfig:
     out: str = option("Run", "runs", "folder that run folders are made in")
     name: str | None = option("Run", None, "name of the run folder (default: a new, telling one)")
     overwrite: bool = option("Run", False, "replace an earlier run of the same name")
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up, scaled to the batch size where that is asked for.
+
+        >>> TrainConfig(lr=1e-3, batch_size=512, lr_base_size=128, lr_base_scale="sqrt").peak_lr
+        0.002
+        """
+        ratio = self.batch_size / (self.lr_base_size or self.batch_size)
+        return self.lr * (ratio if self.lr_base_scale == "linear" else math.sqrt(ratio))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values for YAML and JSON."""
@@ -261,8 +287,8 @@ class TrainConfig:
             "train_limit": 2, "img_size": 4, "workers": 0, "crop_padding": 0, "kappa": 1,
             "block": 0, "vertical_block": 0, "epochs": 1, "batch_size": 1, "warmup_epochs": 0,
             "weight_decay": 0, "min_lr": 0, "threads": 1, "max_steps": 1, "aug_repeats": 1,
-            "log_interval": 1, "seed": 0, "mixup": 0, "cutmix": 0,
-            "checkpoint_steps": 1, "checkpoint_minutes": 0,
+            "log_interval": 1, "lr_base_size": 1, "devices": 1, "nodes": 1, "seed": 0, "mixup": 0,
+            "cutmix": 0, "checkpoint_steps": 1, "checkpoint_minutes": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)

@@ -15,9 +15,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
+from vitmix.errors import InputError
 from vitmix.train.augment import BatchAugment, enlarge
 from vitmix.train.data import ImageData, Split
 from vitmix.train.decoding import DECODE_ERRORS, CorruptImageError, centred, pixels_of
+from vitmix.train.parallel import Processes
 from vitmix.train.policies import Change, make_policy
 
 if TYPE_CHECKING:
@@ -37,28 +39,55 @@ class EpochSampler(Sampler[Draw]):
     """Rows of an epoch with their seeds: a function of the run's seed and the epoch, no state.
 
     With ``repeats`` (Hoffer et al. 2020), a row is drawn so often in a row, and an epoch shows a
-    part of the rows.
+    part of the rows. ``own`` are the places in the epoch that this process works on: all of them,
+    or :func:`own_places`.
     """
 
-    def __init__(self, count: int, *, shuffle: bool, seed: int, repeats: int = 1) -> None:
+    def __init__(
+        self, count: int, *, shuffle: bool, seed: int, repeats: int = 1, own: np.ndarray | None
+    ) -> None:
         self.count, self.shuffle, self.seed, self.repeats = count, shuffle, seed, repeats
+        self.own = np.arange(count) if own is None else own
         self.epoch = 0  # set by Lightning
         self.start = 0  # set by the loader
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.own)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next pass."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Draw]:
+        own = self.own[self.start :]
         if not self.shuffle:
-            return ((row, 0) for row in range(self.start, self.count))
+            return ((row, 0) for row in own.tolist())
         rng = np.random.default_rng((self.seed, self.epoch))
-        order = rng.permutation(self.count).repeat(self.repeats)[: self.count].tolist()
-        seeds = rng.integers(2**62, size=self.count).tolist()
-        return zip(order[self.start :], seeds[self.start :], strict=True)
+        order = rng.permutation(self.count).repeat(self.repeats)[: self.count]
+        seeds = rng.integers(2**62, size=self.count)
+        return zip(order[own].tolist(), seeds[own].tolist(), strict=True)
+
+
+def own_places(count: int, batch: int, processes: Processes) -> np.ndarray:
+    """Places in a training epoch of ``count`` rows that this process works on.
+
+    Each batch of the run is cut into as many pieces as there are processes, so that together they
+    see the batches that one process would see.
+    """
+    whole = np.arange(count - count % batch).reshape(-1, processes.count, batch // processes.count)
+    return whole[:, processes.rank].ravel()
+
+
+def even_batch(count: int, batch: int, processes: int) -> int:
+    """Images that a process tests at a time: ``batch``, or more if some would end one step early.
+
+    >>> even_batch(1000, 256, 4), even_batch(1025, 256, 4)
+    (256, 257)
+    """
+    most = -(-count // processes)
+    while count % processes and (most - 1) % batch == 0:
+        batch += 1
+    return batch
 
 
 class Loader(DataLoader[Any]):
@@ -191,13 +220,27 @@ def _ignore_interrupt(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def make_loader(data: ImageData, config: TrainConfig, *, train: bool) -> Loader:
+def make_loader(
+    data: ImageData, config: TrainConfig, *, train: bool, processes: Processes | None = None
+) -> Loader:
     """Batches ``(images (B, 3, H, W) uint8, labels (B,))`` of one split.
 
-    With ``config.teacher_maps`` the training batches have maps ``(B, h, w)`` uint8 as a third part.
+    Of several processes each gets its part: of every training batch, and of the test images, none
+    of which is seen twice. With ``config.teacher_maps`` the training batches have maps
+    ``(B, h, w)`` uint8 as a third part.
+
+    Raises:
+        InputError: fewer images than a batch, or than processes.
     """
+    processes = processes or Processes()
     split = data.train if train else data.test
     maps = data.maps if train and config.teacher_maps is not None else None
+    least, what = (config.batch_size, "training") if train else (processes.count, "test")
+    if processes.count > 1 and len(split) < least:
+        raise InputError(
+            f"expected at least {least} {what} images for {processes.count} processes and "
+            f"--batch-size {config.batch_size}, got {len(split)}"
+        )
     dataset: Dataset[Any]
     workers = 0
     collate: Any = _as_is
@@ -221,11 +264,20 @@ def make_loader(data: ImageData, config: TrainConfig, *, train: bool) -> Loader:
         dataset = DecodingDataset(split, cut, crop, policy, maps)
         workers = config.workers
         collate = CollateReadable(config.skip_corrupt)
+    size, own = max(config.batch_size // processes.count, 256), None
+    if train:
+        size = config.batch_size // processes.count
+    if processes.count > 1:
+        if train:
+            own = own_places(len(split), config.batch_size, processes)
+        else:
+            own = np.arange(processes.rank, len(split), processes.count)
+            size = even_batch(len(split), size, processes.count)
     return Loader(
         dataset,
-        batch_size=config.batch_size if train else max(config.batch_size, 256),
+        batch_size=size,
         sampler=EpochSampler(
-            len(split), shuffle=train, seed=config.seed, repeats=config.aug_repeats
+            len(split), shuffle=train, seed=config.seed, repeats=config.aug_repeats, own=own
         ),
         drop_last=train and len(split) >= config.batch_size,
         num_workers=workers,

@@ -12,7 +12,9 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from vitmix.errors import VitmixError
 from vitmix.functional import soft_cross_entropy
+from vitmix.processes import gather_objects, mean_over_processes, process_rank
 from vitmix.train.optimiser import learning_rate_factor, make_optimiser
+from vitmix.train.parallel import whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,6 +74,17 @@ class MixingTask(pl.LightningModule):
         self._counts: dict[str, int] = {}
         self._epoch_loss: list[Tensor] = []
 
+    def configure_model(self) -> None:
+        """Shard each block, and the rest, where the strategy asks for it."""
+        if self.device_mesh is None:
+            return
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = self.device_mesh["data_parallel"]
+        for block in self.mixing.backbone.blocks:
+            fully_shard(block.module, mesh=mesh)
+        fully_shard(self.mixing, mesh=mesh)
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Augment and normalise on the device that the batch is on."""
         images, labels, *maps = batch
@@ -86,9 +99,10 @@ class MixingTask(pl.LightningModule):
         images, labels, maps = batch
         out = self.mixing(images, labels, maps=maps)
         loss: Tensor = out.loss(self.criterion)
-        if not bool(torch.isfinite(loss)):
+        worst = mean_over_processes(loss.detach(), torch.ones_like(loss))
+        if not bool(torch.isfinite(worst)):
             raise NonFiniteLossError(
-                f"the loss became {float(loss.detach())} in step {self.global_step + 1} "
+                f"the loss became {float(worst)} in step {self.global_step + 1} "
                 f"(epoch {self.current_epoch + 1})"
             )
         self._record({"train/loss": loss.detach(), **out.stats})
@@ -107,12 +121,22 @@ class MixingTask(pl.LightningModule):
             self._sums[key] = self._sums[key] + value if key in self._sums else value
             self._counts[key] = self._counts.get(key, 0) + 1
         if (self.global_step + 1) % self.log_every == 0:
-            means = {key: float(total) / self._counts[key] for key, total in self._sums.items()}
+            means = self._means()
             groups = self.optimizers().param_groups  # type: ignore[union-attr]
             means["lr"] = max(group["lr"] for group in groups)
             self._write(means, self.global_step + 1)
             self._sums.clear()
             self._counts.clear()
+
+    def _means(self) -> dict[str, float]:
+        """Mean of each value over the steps so far and over all processes that have it."""
+        own = {key: (float(total), self._counts[key]) for key, total in self._sums.items()}
+        parts = gather_objects(own)
+        means = {}
+        for key in dict.fromkeys(key for part in parts for key in part):
+            found = [part[key] for part in parts if key in part]
+            means[key] = sum(total for total, _ in found) / sum(count for _, count in found)
+        return means
 
     def _write(self, values: dict[str, float], steps: int) -> None:
         """Log what is known after so many steps of the run."""
@@ -138,7 +162,8 @@ class MixingTask(pl.LightningModule):
         for metric in (self.top1, self.top5, self.val_loss):
             metric.reset()
         if self._epoch_loss:
-            entry["train/epoch_loss"] = float(torch.stack(self._epoch_loss).mean())
+            own = torch.stack(self._epoch_loss).mean()
+            entry["train/epoch_loss"] = float(mean_over_processes(own, torch.ones_like(own)))
             self._epoch_loss.clear()
         self.history.append(entry)
         self._write(entry, self.global_step)
@@ -148,7 +173,7 @@ class MixingTask(pl.LightningModule):
         config = self.config
         optimiser = make_optimiser(self.mixing, config)
         warmup = round(config.warmup_epochs * self.epoch_steps)
-        floor = min(config.min_lr / config.lr, 1.0)
+        floor = min(config.min_lr / config.peak_lr, 1.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimiser, lambda step: learning_rate_factor(step, self.steps, warmup, floor)
         )
@@ -162,17 +187,23 @@ class MixingTask(pl.LightningModule):
         checkpoint["vitmix"] = {
             **self.facts,
             "metrics": dict(self.history[-1]) if self.history else {},
-            "averaged": self.averaged,
+            "averaged": self.averaged
+            and {key: whole(value) for key, value in self.averaged.items()},
             "history": self.history,
-            "sums": self._sums,
-            "counts": self._counts,
-            "epoch_loss": self._epoch_loss,
+            "running": gather_objects(
+                {
+                    "sums": {key: value.cpu() for key, value in self._sums.items()},
+                    "counts": self._counts,
+                    "epoch_loss": [value.cpu() for value in self._epoch_loss],
+                }
+            ),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the figures."""
         stored = checkpoint["vitmix"]
         self.history = stored["history"]
-        self._sums = {key: value.to(self.device) for key, value in stored["sums"].items()}
-        self._counts = stored["counts"]
-        self._epoch_loss = [value.to(self.device) for value in stored["epoch_loss"]]
+        running = stored["running"][process_rank()]
+        self._sums = {key: value.to(self.device) for key, value in running["sums"].items()}
+        self._counts = running["counts"]
+        self._epoch_loss = [value.to(self.device) for value in running["epoch_loss"]]

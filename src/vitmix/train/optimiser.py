@@ -51,7 +51,7 @@ def _create(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Op
     from timm.optim import create_optimizer_v2
 
     made: torch.optim.Optimizer = create_optimizer_v2(
-        groups, opt=config.opt, lr=config.lr, **(config.opt_kwargs or {})
+        groups, opt=config.opt, lr=config.peak_lr, **(config.opt_kwargs or {})
     )
     return made
 
@@ -92,7 +92,7 @@ def parameter_groups(mixing: MixingModel, config: TrainConfig) -> list[dict[str,
         layer_decay=config.layer_decay,
     )
     for group in groups:
-        group["lr"] = config.lr * group.pop("lr_scale")
+        group["lr"] = config.peak_lr * group.pop("lr_scale")
     rest = [p for name, p in named if not name.startswith("model.")]
     return [*groups, {"params": rest, "weight_decay": config.weight_decay}] if rest else groups
 

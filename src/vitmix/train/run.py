@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vitmix.errors import InputError
+from vitmix.processes import alone
 from vitmix.train.callbacks import ConsoleProgress, WeightAverage
 from vitmix.train.checkpoint import (
     LAST,
@@ -20,6 +21,7 @@ from vitmix.train.checkpoint import (
     make_facts,
     make_model,
     newest_checkpoint,
+    read_checkpoint,
 )
 from vitmix.train.data import ImageData, load_data
 from vitmix.train.folder import MARKER, claim_folder, write_json
@@ -28,6 +30,14 @@ from vitmix.train.logs import MetricsTable
 from vitmix.train.methods import method_name, method_of
 from vitmix.train.module import MixingTask, NonFiniteLossError
 from vitmix.train.optimiser import check_optimiser, parameter_groups
+from vitmix.train.parallel import (
+    Processes,
+    make_plugins,
+    make_strategy,
+    require_whole_blocks,
+    shared_folder,
+    tell_folder,
+)
 from vitmix.train.policies import make_policy
 from vitmix.train.provenance import commit, device_name, pick_device, versions
 from vitmix.train.resume import check_origin, finished_results
@@ -66,12 +76,13 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run."""
+    """A finished run, as each of its processes sees it; the ``first`` one writes and prints."""
 
     folder: Path
     results: dict[str, Any]
     task: MixingTask
     data: ImageData
+    first: bool = True
 
 
 def train_run(
@@ -104,6 +115,8 @@ def train_run(
         Interrupted: Ctrl-C; the message names the checkpoint.
     """
     check_config(config)
+    processes = Processes.of(config)
+    verbose &= processes.first
     spec = method_of(config)
     data = data or load_data(config)
     classes = len(data.classes)
@@ -118,30 +131,33 @@ def train_run(
         model, config, num_classes=classes, img_size=data.img_size, teacher=teacher, maps=data.maps
     )
     try_step(mixing, data)
+    require_whole_blocks(mixing, config)
     parameter_groups(mixing, config)  # refuses what the optimiser cannot do
-    mixing.generator = torch.Generator().manual_seed(config.seed + 1)
+    own_seed = processes.seed(config.seed)
+    mixing.generator = torch.Generator().manual_seed(own_seed + 1)
     default = default_name(
         *((config.recipe,) if config.recipe else (data.name, config.model, method_name(config))),
         f"seed{config.seed}",
     )
-    folder = resume or claim_folder(
-        config.out, config.name, default, config.overwrite, config.to_dict()
-    )
+    folder = resume
+    if folder is None and processes.first:
+        settings = config.to_dict()
+        folder = claim_folder(config.out, config.name, default, config.overwrite, settings)
+    folder = folder or shared_folder(config)
+    if processes.first and processes.count > 1:
+        tell_folder(folder)
     if verbose:
         _announce(config, data, mixing, folder)
         if resume is not None:
             steps = 0 if saved is None else saved["global_step"]
             print(f"resume  after step {steps}", flush=True)
     if teacher is not None and config.teacher == "auto":
-        _fill_teacher(teacher, config, data, teacher_run, folder, label)
+        _fill_teacher(teacher, config, data, teacher_run, folder, label, processes)
     facts = make_facts(config, data, teacher)
     if saved is not None:
         check_origin(saved["vitmix"], facts)
-    if teacher is not None:
-        teacher.to(pick_device(config.device))  # labels hold it, no module does
-
-    loader = make_loader(data, config, train=True)
-    generator = torch.Generator().manual_seed(config.seed + 2)
+    loader = make_loader(data, config, train=True, processes=processes)
+    generator = torch.Generator().manual_seed(own_seed + 2)
     task = MixingTask(
         mixing, config,
         augment=make_augment(data, config, generator, train=True),
@@ -154,22 +170,38 @@ def train_run(
     if results is not None and saved is not None:
         task.on_load_checkpoint(saved)
         task.load_state_dict(saved["state_dict"])
-        return RunResult(folder, results, task, data)
+        return RunResult(folder, results, task, data, processes.first)
     if path is not None and path.name != LAST:  # a damaged one gives way to the one before
-        path = path.replace(folder / LAST)
+        path = path.replace(folder / LAST) if processes.first else folder / LAST
     checkpoints = Checkpoints(
         folder, steps=config.checkpoint_steps, minutes=config.checkpoint_minutes
     )
     states = RandomStates(mixing=mixing.generator, augment=generator)
-    trainer = _make_trainer(config, folder, [states, checkpoints], label, saved)
-    seed_everything(config.seed)
-    _fit(trainer, task, loader, make_loader(data, config, train=False), checkpoints, path)
+    callbacks = [states, checkpoints]
+    if processes.first:
+        callbacks.insert(0, ConsoleProgress(label))
+    trainer = _make_trainer(config, folder, callbacks, processes, saved)
+    if teacher is not None:
+        teacher.to(trainer.strategy.root_device)  # labels hold it, no module does
+    seed_everything(own_seed)
+    test = make_loader(data, config, train=False, processes=processes)
+    _fit(trainer, task, loader, test, checkpoints, path)
     if teacher is not None:
         teacher.cpu()  # as Lightning does with everything else
-    run = RunResult(folder, _results(config, data, task, checkpoints), task, data)
-    if finish is not None:
-        finish(run)
-    write_json(folder / "results.json", run.results)
+    results = _results(config, data, task, checkpoints)
+    run = RunResult(folder, results, task, data, processes.first)
+    if processes.first:
+        if config.strategy == "fsdp":
+            model = make_model(replace(config, pretrained=False), classes, data.img_size)
+            task.mixing = build_mixing(
+                model, config, num_classes=classes, img_size=data.img_size, teacher=teacher,
+                maps=data.maps,
+            )  # fmt: skip
+            task.load_state_dict(read_checkpoint(folder / LAST)["state_dict"])
+        with alone():
+            if finish is not None:
+                finish(run)
+        write_json(folder / "results.json", run.results)
     return run
 
 
@@ -273,6 +305,7 @@ def _fill_teacher(
     run: Path | None,
     folder: Path,
     label: str,
+    processes: Processes,
 ) -> None:
     """Load the plain model of ``run`` into the teacher; train one first where there is none."""
     if run is None:
@@ -280,7 +313,8 @@ def _fill_teacher(
         run = folder / "teacher"
         resume = run if (run / MARKER).is_file() else None
         if resume is None or finished_results(run) is None:
-            print(f"{label}training the teacher: {config.model} without mixing", flush=True)
+            if processes.first:
+                print(f"{label}training the teacher: {config.model} without mixing", flush=True)
             try:
                 train_run(plain, data=data, resume=resume, label=f"{label}teacher ", verbose=False)
             except Interrupted:
@@ -291,32 +325,33 @@ def _fill_teacher(
 def _make_trainer(
     config: TrainConfig,
     folder: Path,
-    saving: list[pl.Callback],
-    label: str,
+    callbacks: list[pl.Callback],
+    processes: Processes,
     saved: dict[str, Any] | None,
 ) -> pl.Trainer:
     import lightning.pytorch as pl
     from lightning.pytorch.loggers import TensorBoardLogger
 
     precision: Any = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-    callbacks: list[pl.Callback] = (
-        [WeightAverage(config.model_ema_decay)] if config.model_ema else []
-    )
+    if config.model_ema:
+        callbacks = [WeightAverage(config.model_ema_decay), *callbacks]
     steps = 0 if saved is None else saved["global_step"]
     with _quiet():
         return pl.Trainer(
             accelerator={"cuda": "gpu"}.get(device := pick_device(config.device), device),
-            devices=1,
+            devices=config.devices,
+            num_nodes=config.nodes,
+            strategy=make_strategy(config),
             precision=precision[config.precision],
             max_epochs=config.epochs,
             gradient_clip_val=config.clip_grad,
-            callbacks=[*callbacks, ConsoleProgress(label), *saving],
+            callbacks=callbacks,
             logger=[
                 MetricsTable(folder / "metrics.csv", steps),
                 # Values of later steps, which a stopped run may have written, are void.
                 TensorBoardLogger(folder, name="tensorboard", version="", purge_step=steps + 1),
             ],
-            plugins=[WholeFiles()],
+            plugins=[WholeFiles(), *make_plugins()],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,

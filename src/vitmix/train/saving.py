@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from vitmix.processes import gather_objects, process_rank
 from vitmix.train.checkpoint import BEST, LAST, PREVIOUS
 from vitmix.train.folder import replacing
 
@@ -91,7 +92,8 @@ class Checkpoints(Callback):
         due = self.steps is not None and trainer.global_step % self.steps == 0
         if self.minutes is not None:
             due |= time.perf_counter() - self._saved_at >= 60 * self.minutes
-        if due or self.stop:
+        # Clocks differ, and a signal may reach one process only.
+        if trainer.strategy.reduce_boolean_decision(due or self.stop, all=False):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -108,15 +110,20 @@ class Checkpoints(Callback):
             logger.save()
         newest = self.folder / "next.ckpt"
         trainer.save_checkpoint(newest)
+        if trainer.is_global_zero:
+            self._put_in_place(newest, best=best)
+        self._saved_at = time.perf_counter()
+        self.stop = trainer.strategy.reduce_boolean_decision(self.stop, all=False)
+        if self.stop:
+            raise KeyboardInterrupt
+
+    def _put_in_place(self, newest: Path, *, best: bool) -> None:
         if best:  # before `last`: whoever goes on from the one before comes here again
             with replacing(self.folder / BEST) as temporary:
                 shutil.copyfile(newest, temporary)
         if self.last.exists():
             os.replace(self.last, self.folder / PREVIOUS)
         os.replace(newest, self.last)
-        self._saved_at = time.perf_counter()
-        if self.stop:
-            raise KeyboardInterrupt
 
     def state_dict(self) -> dict[str, Any]:
         """The best figure and the time so far."""
@@ -133,7 +140,8 @@ class Checkpoints(Callback):
 class RandomStates(Callback):
     """Keeps the state of every generator in checkpoints, and puts it back before the first step.
 
-    These are PyTorch's global ones (CPU and accelerator), Python's, NumPy's, and those given.
+    These are PyTorch's global ones (CPU and accelerator), Python's, NumPy's, and those given, each
+    of every process.
     """
 
     def __init__(self, **generators: torch.Generator) -> None:
@@ -146,7 +154,7 @@ class RandomStates(Callback):
         """Store all states as plain values and tensors."""
         numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002
         words = numpy["state"]["key"].astype(np.int64)
-        checkpoint["random"] = {
+        states = {
             "torch": torch.get_rng_state(),
             "python": random.getstate(),
             "numpy": {**numpy, "state": {**numpy["state"], "key": torch.from_numpy(words)}},
@@ -154,13 +162,14 @@ class RandomStates(Callback):
         }
         if pl_module.device.type != "cpu":
             accelerator = torch.get_device_module(pl_module.device)
-            checkpoint["random"][pl_module.device.type] = accelerator.get_rng_state()
+            states[pl_module.device.type] = accelerator.get_rng_state()
+        checkpoint["random"] = gather_objects(states)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Hold the states until everything is set up."""
-        self._saved = checkpoint["random"]
+        self._saved = checkpoint["random"][process_rank()]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the states back."""
