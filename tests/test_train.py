@@ -187,7 +187,7 @@ EVERY_PARAMETER: dict[str, dict[str, dict[str, Any]]] = {
         "cutmix": {"alpha": 0.5, "prob": 0.5, "draw": "pair", "pairing": "flip", "align": True},
         "tokenmix": {
             "alpha": 0.5, "prob": 0.5, "draw": "pair", "pairing": "flip", "mask": "block",
-            "min_block_tokens": 2, "extra_tokens": 1, "lam": 0.5,
+            "min_block_tokens": 2, "extra_tokens": 1, "lam": 0.5, "patch": 8,
         },
     },
     "labels": {
@@ -198,7 +198,7 @@ EVERY_PARAMETER: dict[str, dict[str, dict[str, Any]]] = {
         "horizontal": {
             "block": 0, "tau": 1.0, "rho": 0.01, "pool": "average", "stop_gradient": True,
             "scorenet_weight": 0.5, "saliency": "rollout", "rollout_steps": 1,
-            "assignment": "random", "relabel": "area", "gather": True,
+            "assignment": "exact", "relabel": "area", "gather": True,
         },
         "vertical": {"block": 1, "kappa": 2, "stop_gradient": True},
         "manifold": {"block": [0, 1], "alpha": 1.0, "prob": 0.5},
