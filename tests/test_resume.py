@@ -118,6 +118,23 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     assert result.results["epochs"] == EPOCHS
 
 
+@pytest.mark.parametrize("step", [5, 6])
+def test_a_limit_of_steps_holds_for_a_run_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    def config(name: str) -> TrainConfig:
+        return small(tmp_path, name=name, epochs=4, max_steps=6, checkpoint_steps=1)
+
+    train_run(config("alone"), verbose=False)
+    with monkeypatch.context() as patch:
+        stop_after(patch, step, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted):
+            train_run(config("run"), verbose=False)
+    run = train_run(config("run"), resume=tmp_path / "run", verbose=False)
+    assert (run.results["steps"], run.results["epochs"]) == (6, 2)
+    assert_same_run(tmp_path / "alone", tmp_path / "run")
+
+
 def test_a_second_interrupt_stops_within_the_step(
     tmp_path: Path, alone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,6 +109,10 @@ class MixingTask(pl.LightningModule):
         self._epoch_loss.append(loss.detach())
         return loss
 
+    def on_train_start(self) -> None:
+        """Stop at once where a run goes on that had come to its last step."""
+        self.on_train_batch_end()
+
     def on_train_batch_end(self, *args: Any) -> None:
         """Stop where ``max_steps`` says so; the epoch is closed as usual."""
         if self.global_step >= self.steps:

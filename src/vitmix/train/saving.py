@@ -86,8 +86,9 @@ class Checkpoints(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
     ) -> None:
-        """Save within the epoch; its end has a checkpoint of its own."""
-        if trainer.is_last_batch:
+        """Save within the epoch; its end, and that of the run, has a checkpoint of its own."""
+        task: MixingTask = pl_module  # type: ignore[assignment]
+        if trainer.is_last_batch or trainer.global_step >= task.steps:
             return
         due = self.steps is not None and trainer.global_step % self.steps == 0
         if self.minutes is not None:
