@@ -14,9 +14,8 @@ SIZE = 32
 
 
 def make_cct(**options: float) -> nn.Module:
-    arguments = {"attention_dropout": 0.0, "stochastic_depth": 0.0, **options}
+    arguments = {"num_layers": 4, "attention_dropout": 0.0, "stochastic_depth": 0.0, **options}
     return CCT(
-        num_layers=4,
         num_heads=2,
         mlp_ratio=1,
         embed_dim=32,

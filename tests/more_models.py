@@ -52,15 +52,15 @@ def make_hybrid() -> nn.Module:
 def make_huggingface(name: str, *, head: str = "", attention: str = "sdpa", **options: Any) -> Any:
     import transformers
 
+    arguments = {"num_hidden_layers": 4, **options}
     config = getattr(transformers, f"{name}Config")(
         image_size=SIZE,
         patch_size=8,
         hidden_size=32,
-        num_hidden_layers=4,
         num_attention_heads=2,
         intermediate_size=64,
         num_labels=NUM_CLASSES,
-        **options,
+        **arguments,
     )
     config._attn_implementation = attention
     return getattr(transformers, f"{name}ForImageClassification{head}")(config)
@@ -82,10 +82,10 @@ def make_clip(name: str, *, attention: str = "sdpa") -> Any:
     return getattr(transformers, f"{name}ForImageClassification")(config)
 
 
-def make_torchvision() -> nn.Module:
+def make_torchvision(depth: int = 4) -> nn.Module:
     import torchvision
 
-    vit = torchvision.models.VisionTransformer(SIZE, 8, 4, 2, 32, 64, num_classes=NUM_CLASSES)
+    vit = torchvision.models.VisionTransformer(SIZE, 8, depth, 2, 32, 64, num_classes=NUM_CLASSES)
     nn.init.normal_(vit.heads.head.weight)  # it begins at zero
     return vit
 

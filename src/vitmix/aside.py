@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -15,8 +15,8 @@ __all__ = ["aside"]
 def aside(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """Let modules run once more without a trace in a training step.
 
-    Dropout draws what it would have drawn without the pass, and the running statistics of batch
-    normalisation stay as they are.
+    Dropout draws what it would have drawn without the pass (but in a compiled pass, which has an
+    order of draws of its own), and the running statistics of batch normalisation stay as they are.
 
     Args:
         modules: what will run.
@@ -32,7 +32,7 @@ def aside(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     before = [buffer.clone() for buffer in statistics]
     devices = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices):
+        with nullcontext() if torch.compiler.is_compiling() else torch.random.fork_rng(devices):
             yield
     finally:
         with torch.no_grad():

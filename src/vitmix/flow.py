@@ -1,7 +1,6 @@
-"""One training pass through a model: hooks that mix tokens and a tap that reads attention.
+"""One training pass through a model: what hooks do to tokens, and what a tap reads of attention.
 
-A flow lives for one forward pass. It registers its hooks when the pass starts and removes them when
-it ends, by an exception too, so that a model carries no trace of it.
+A flow lives for one forward pass; :class:`vitmix.relay.Relay` tells it where the pass is.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from torch.utils.weak import TensorWeakRef
 from vitmix.aside import aside
 from vitmix.attention import AttentionCall, AttentionTap, read_attention, read_query_key
 from vitmix.backbones import Backbone, Block
-from vitmix.compilation import uncompiled
 from vitmix.errors import UnsupportedModelError
 from vitmix.functional.alignment import (
     attend_with_shares,
@@ -93,10 +91,10 @@ class Flow:
         self.outcomes: list[tuple[int, TokenMixer, TokenOutcome]] = []
         self.attention: Tensor | None = None
         self._mixers = mixers
-        self._verticals = verticals
-        self._follow = follow_shares
+        self.verticals = verticals
+        self.follow_shares = follow_shares
         self._attention_block = attention_block
-        self._recomputes = recomputes
+        self.recomputes = recomputes
         self._records: dict[int, BlockRecord] = {}
         self._parts: dict[nn.Module, list[PartRecord]] = {}
         self.replay: Replay | None = None
@@ -111,6 +109,10 @@ class Flow:
         self._passed: list[int] = []
         self._grid = grid
         self._grids = [grid]
+        self._reaches = [
+            backbone.reach(index, backbone.block_grid(index, grid))
+            for index in range(backbone.depth)
+        ]
         # Of the block at hand:
         self._index: int | None = None
         self._reach = Reach(grid)
@@ -124,44 +126,19 @@ class Flow:
     @property
     def needed(self) -> bool:
         """Whether there is anything to do in the pass."""
-        return bool(
-            self._mixers or self._verticals or self._follow or self._attention_block is not None
-        )
+        return bool(self._mixers) or self._reads_attention
 
     @contextmanager
-    def armed(self) -> Iterator[None]:
-        """Let hooks and tap act while the model runs inside the context.
+    def running(self) -> Iterator[None]:
+        """Read attention while the model runs inside the context.
 
         Raises:
             UnsupportedModelError: at the end, if something that should have happened did not.
         """
-        if not self.needed:
+        with self._tap():
             yield
-            return
-        handles: list[Any] = []
-        try:
-            for index, block in enumerate(self.backbone.blocks):
-                enter, leave = partial(self._enter, index), partial(self._leave, index)
-                handles.append(block.module.register_forward_pre_hook(enter, with_kwargs=True))
-                if index in self._verticals:
-                    append, cut = self._append, self._cut
-                    handles.append(block.entry.register_forward_pre_hook(append))
-                    handles.append(block.attention.register_forward_hook(cut))
-                handles.append(block.module.register_forward_hook(leave))
-            handles += [
-                part.register_forward_pre_hook(self._enter_part)
-                for part in (self.backbone.parts if self._recomputes else ())
-            ]
-            if self._follow and self.backbone.pool_scores is not None:
-                handles.append(self.backbone.pool_scores.register_forward_hook(self._keep_scores))
-            with uncompiled(), self._tap():
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-        self._check_passed()
-        if self.replay is not None:
-            self.replay.install()
+        if self.needed:
+            self._check_passed()
 
     def _tap(self) -> AbstractContextManager[object]:
         if not self._reads_attention:
@@ -175,7 +152,7 @@ class Flow:
 
     def pooled_shares(self) -> Tensor | None:
         """``(B, K)`` shares of what the classifier sees, after the pass; None if not followed."""
-        if not self._follow:
+        if not self.follow_shares:
             return None
         if self._pools_by_attention:
             return self._pooled
@@ -183,24 +160,25 @@ class Flow:
 
     @property
     def _reads_attention(self) -> bool:
-        return self._follow or self._attention_block is not None or bool(self._verticals)
+        return self.follow_shares or self._attention_block is not None or bool(self.verticals)
 
     # Hooks, in the order in which they are called within a block.
 
-    def _enter(
-        self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    def enter(
+        self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Mix what a block is given."""
         block, given = self.backbone.blocks[index], args[0]
         self._move_to(self.backbone.block_grid(index, self._grids[0]))
         self._require_tokens(index, given)
-        if self._recomputes:
+        if self.recomputes:
             given = self._record(index, given)
         tokens = before = block.flatten(given)
         for stage, draws in self._mixers.get(index, ()):
             run = partial(_forward, block, given, args[1:], kwargs)
             tokens = self._mix(stage, draws, tokens, index, run)
         self._index, self._tokens = index, tokens
-        self._reach = self.backbone.reach(index, self._grid)
+        self._reach = self._reaches[index]
         self._saliency, self._appended = None, None
         self._attended, self._attentions = [], 0
         mixed = given if tokens is before else block.restore(tokens, given)
@@ -211,7 +189,7 @@ class Flow:
         """Follow tokens that were merged, or left out, on the way to a coarser grid."""
         if grid == self._grid:
             return
-        if self._follow:
+        if self.follow_shares:
             prefix = self.backbone.num_prefix_tokens
             shares = coarsen(self.mixture.shares, self._grid, grid, num_prefix_tokens=prefix)
             self.mixture = self.mixture._replace(shares=shares)
@@ -232,7 +210,7 @@ class Flow:
                 f"{tuple(given.shape)}"
             )
 
-    def _append(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def append(self, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Put collected tokens behind the block's own (TokenMixup, Eq. 13).
 
         Rows of attention are independent, so that the own tokens' rows are those of attention from
@@ -240,21 +218,23 @@ class Flow:
         """
         if self._paused or self._index is None:
             return None
-        parts = [part for stage in self._verticals[self._index] for part in self._collected[stage]]
+        parts = [part for stage in self.verticals[self._index] for part in self._collected[stage]]
         self._appended = torch.cat([shares for _, shares in parts], 1)
         extra = torch.cat([tokens.to(args[0].dtype) for tokens, _ in parts], 1)
-        if self._recomputes:
+        if self.recomputes:
             _require_graph()
             record = self._records[self._index]
             record.extra, record.extended = extra, TensorWeakRef(args[0])
         return (torch.cat((args[0], extra), 1), *args[1:])
 
-    def _cut(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def cut(self, output: Any) -> Any:
+        """Drop the appended tokens' rows behind the attention."""
         if self._paused or self._index is None:
             return None
         return first_tokens(output, self._tokens.shape[1])
 
-    def _leave(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def leave(self, index: int, output: Any) -> Any:
+        """Check and keep what a block did."""
         block = self.backbone.blocks[index]
         if self._reads_attention and self._attentions != block.attentions:
             raise UnsupportedModelError(
@@ -283,10 +263,12 @@ class Flow:
             self._grid = self._reach.result_grid
             self._grids.append(self._grid)
 
-    def _keep_scores(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def keep_scores(self, output: Tensor) -> None:
+        """Keep the scores of the pooling."""
         self._scores = output
 
-    def _enter_part(self, part: nn.Module, args: tuple[Any, ...]) -> None:
+    def enter_part(self, part: nn.Module, args: tuple[Any, ...]) -> None:
+        """Remember what a part that may be checkpointed is given."""
         if args and isinstance(args[0], Tensor):
             call = PartRecord([TensorWeakRef(args[0])], len(self._passed))
             self._parts.setdefault(part, []).append(call)
@@ -315,11 +297,11 @@ class Flow:
         )
         with self._own_graph():
             outcome = stage.plan(tokens, context)
-        if self._recomputes:
+        if self.recomputes:
             self._records[index].outcomes.append(outcome)
         self.outcomes.append((index, stage, outcome))
         self.targets = outcome.mix_targets(self.targets)
-        if self._follow:
+        if self.follow_shares:
             self.mixture = outcome.mix_shares(self.mixture)
             self._collected = {
                 kept: [(old, outcome.pad_shares(shares)) for old, shares in parts]
@@ -330,7 +312,7 @@ class Flow:
 
     def _own_graph(self) -> AbstractContextManager[object]:
         """Keeps what is differentiable here apart from what a checkpoint runs again."""
-        return unseen_by_checkpoint() if self._recomputes else nullcontext()
+        return unseen_by_checkpoint() if self.recomputes else nullcontext()
 
     def _collect(self, index: int) -> None:
         """Keep the most salient tokens of a block's input for later blocks."""
@@ -355,7 +337,7 @@ class Flow:
         try:
             ahead = self.backbone.blocks[index : index + steps + 1]
             modules = [block.module for block in ahead]
-            reach = self.backbone.reach(index, self._grid)
+            reach = self._reaches[index]
             if steps == 0:
                 with aside(modules, tokens.device):
                     return self._saliency_of(read_query_key(ahead[0], tokens, run), reach)
@@ -409,7 +391,7 @@ class Flow:
         self._require_reach(call.query, call.key)
         with torch.no_grad():
             self._note(call)
-        if not self._follow:
+        if not self.follow_shares:
             return call.run()
         if call.enable_gqa or call.query.ndim != 4:
             raise UnsupportedModelError(
@@ -422,7 +404,7 @@ class Flow:
             "scale": call.scale,
         }
         shares = self._key_shares()
-        if self._recomputes:  # the model's own call stays as it is
+        if self.recomputes:  # the model's own call stays as it is
             self._keep_attended(attended_by_keys(call.query, call.key, shares, **options))
             return call.run()
         output, attended = attend_with_shares(
@@ -439,7 +421,7 @@ class Flow:
         self._require_reach(attention, attention.transpose(-2, -1))
         with torch.no_grad():
             self._note(attention)
-            if self._follow:
+            if self.follow_shares:
                 self._keep_attended(attended_shares(attention, self._key_shares()))
 
     def _keep_attended(self, attended: Tensor) -> None:
@@ -470,7 +452,7 @@ class Flow:
 
     @property
     def _pools_by_attention(self) -> bool:
-        return self._follow and self.backbone.pooling in ("attention", "class_attention")
+        return self.follow_shares and self.backbone.pooling in ("attention", "class_attention")
 
     @torch.no_grad()
     def _pool(self, attention: Tensor) -> None:
@@ -510,7 +492,7 @@ class Flow:
         scored = self.backbone.pool_scores is None or self._scores is not None
         expected = {"attention": 1, "class_attention": self.backbone.class_layers}
         pooled = self._pools == expected.get(self.backbone.pooling, 0)
-        if self._follow and not (scored and pooled):
+        if self.follow_shares and not (scored and pooled):
             raise UnsupportedModelError(
                 f"looked for the {self.backbone.pooling} pooling of {self.backbone.family}, "
                 f"found {self._pools} queries that pool in the pass"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vitmix.aside import aside
 from vitmix.backbones import Backbone
+from vitmix.compilation import uncompiled
 from vitmix.functional.targets import soft_cross_entropy
 from vitmix.replay import add_to_tokens
 
@@ -54,7 +55,7 @@ def gradient_saliency(
     if block.skip_outside:
         handles.append(block.module.register_forward_hook(join))
     try:
-        with aside([model], images.device), torch.enable_grad():
+        with uncompiled(), aside([model], images.device), torch.enable_grad():
             logits = logits_of(model(images))
             logits = logits[0] if isinstance(logits, tuple) else logits
             loss = soft_cross_entropy(logits, targets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitmix.backbones import Backbone, describe, describe_pixels
+from vitmix.compilation import inlined, interpreted, passed_over, uncompiled
 from vitmix.errors import InputError, UnsupportedModelError
 from vitmix.flow import Flow
 from vitmix.functional.horizontal import HorizontalPlan
@@ -21,6 +23,7 @@ from vitmix.gradient import gradient_saliency, logits_of
 from vitmix.labels import AreaLabels, LabelEvidence, LabelRule
 from vitmix.pixels import PixelMix
 from vitmix.processes import gather, process_rank, require_equal_batches, world_size
+from vitmix.relay import Relay
 from vitmix.replay import Replay
 from vitmix.tokens import (
     BlendPlan,
@@ -91,6 +94,28 @@ class MixOutput:
         return torch.stack(losses).mean() + self.aux_loss
 
 
+@dataclass(frozen=True)
+class _Step:
+    """What is known of a training step before the pass.
+
+    Attributes:
+        images: ``(B, C, H, W)`` as fed to the model.
+        soft: ``(B, C)`` labels of the unmixed samples.
+        evidence: what label rules may look at.
+        weights: ``(B, K)`` weights of the sources' labels, where nothing better is known yet.
+        flow: what happens inside the model.
+        compilable: whether the pass is a function of tensors alone. It is not under gradient
+            checkpointing, nor where processes exchange samples.
+    """
+
+    images: Tensor
+    soft: Tensor
+    evidence: LabelEvidence
+    weights: Tensor
+    flow: Flow
+    compilable: bool
+
+
 class MixingModel(nn.Module):
     """Train an unmodified vision transformer with mixed images, tokens and labels.
 
@@ -99,6 +124,12 @@ class MixingModel(nn.Module):
     returns a :class:`MixOutput`; in evaluation mode it mixes nothing, and ``mixing(images)`` is
     exactly ``model(images)``. The model keeps its class and its parameter names; between calls it
     carries no hook. Parameters of the stages (ScoreNet) belong to this module.
+
+    ``mixing.compile(...)`` and ``torch.compile(mixing, ...)`` compile the pass through the model,
+    with all that the stages do inside, as one graph; draws, pixels and labels around it run as
+    before. A model whose graph breaks, gradient checkpointing, and ``gather=True`` over several
+    processes run uncompiled (an error with ``fullgraph=True``). With ``model.compile()`` instead,
+    the model runs compiled in evaluation and where no stage acts inside.
 
     Args:
         model: a model that :func:`vitmix.describe` supports.
@@ -204,6 +235,7 @@ class MixingModel(nn.Module):
         self.label_smoothing = label_smoothing
         self.generator = generator
         self.backbone = backbone
+        self._relay = Relay()
         self._replays: list[Replay] = []
 
     def detach(self) -> nn.Module:
@@ -236,7 +268,8 @@ class MixingModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Passes that wait for their backward belong to this process and this copy.
-        return {**self.__dict__, "_replays": []}
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "_replays": []}
 
     def _forget_finished_passes(self) -> None:
         for replay in self._replays:
@@ -244,6 +277,7 @@ class MixingModel(nn.Module):
                 replay.remove()
         self._replays = [replay for replay in self._replays if not replay.over]
 
+    @passed_over
     def forward(
         self, images: Tensor, targets: Tensor | None = None, *, maps: Tensor | None = None
     ) -> Any:
@@ -263,12 +297,39 @@ class MixingModel(nn.Module):
             UnsupportedModelError: the model did not do what its description says.
         """
         if not self.training:
-            output = self.model(images)
-            if targets is None:
-                return output
-            soft = smooth_targets(targets, self.num_classes)
-            zero = soft.new_zeros(())
-            return MixOutput(logits_of(output), soft, zero, {}, MixTrace(images), output)
+            return self._evaluated(images, targets, self.model(images))
+        if torch.compiler.is_compiling():
+            raise inlined()
+        step = self._begin(images, targets, maps)
+        run = self._pass if step.compilable else self._pass_uncompiled
+        try:
+            output = run(step.flow, step.images)
+        finally:
+            self._relay.remove()
+        return self._end(step, output)
+
+    @interpreted
+    def _evaluated(self, images: Tensor, targets: Tensor | None, output: Any) -> Any:
+        if targets is None:
+            return output
+        soft = smooth_targets(targets, self.num_classes)
+        return MixOutput(logits_of(output), soft, soft.new_zeros(()), {}, MixTrace(images), output)
+
+    def _pass(self, flow: Flow, images: Tensor) -> Any:
+        """Run the model with all that happens inside of it: what ``torch.compile`` takes."""
+        if not torch.compiler.is_compiling():
+            return self._pass_uncompiled(flow, images)
+        with flow.running():
+            return self.model(images)
+
+    @interpreted
+    def _pass_uncompiled(self, flow: Flow, images: Tensor) -> Any:
+        with uncompiled() if flow.needed else nullcontext(), flow.running():
+            return self.model(images)
+
+    @interpreted
+    def _begin(self, images: Tensor, targets: Tensor | None, maps: Tensor | None) -> _Step:
+        """Do all that comes before the pass, hooks last."""
         if targets is None:
             raise InputError(
                 "expected targets in training mode, got none; call .eval() to predict without"
@@ -281,11 +342,6 @@ class MixingModel(nn.Module):
         self._require_maps(maps, len(images))
         soft = smooth_targets(targets, self.num_classes, self.label_smoothing)
         classes = targets if targets.ndim == 1 else targets.argmax(1)
-        return self._train_step(images, soft, classes, maps)
-
-    def _train_step(
-        self, images: Tensor, soft: Tensor, classes: Tensor, maps: Tensor | None
-    ) -> MixOutput:
         prefix = self.backbone.num_prefix_tokens
         size = (int(images.shape[2]), int(images.shape[3]))
         grid = self.backbone.grid(size)
@@ -305,33 +361,45 @@ class MixingModel(nn.Module):
         weights = first_rule.weights(evidence)
         flow = self._flow(fed, mixture, mixture.targets(weights, soft), grid)
         self._forget_finished_passes()
-        with flow.armed():
-            output = self.model(fed)
+        self._relay.install(flow)
+        compilable = not (flow.recomputes or self._gathers)
+        return _Step(fed, soft, evidence, weights, flow, compilable)
+
+    @interpreted
+    def _end(self, step: _Step, output: Any) -> MixOutput:
+        """Do all that comes after the pass."""
+        flow, evidence, weights = step.flow, step.evidence, step.weights
         if flow.replay is not None:
+            flow.replay.install()
             self._replays.append(flow.replay)
         logits = logits_of(output)
         self._require_logits(logits)
         if not self.labels.known_before_forward:
             evidence = replace(
                 evidence,
-                mixture=flow.mixture if self.labels.follows_shares else mixture,
+                mixture=flow.mixture if self.labels.follows_shares else evidence.mixture,
                 attention=flow.attention,
                 pooled_shares=flow.pooled_shares(),
             )
             weights = self.labels.weights(evidence)
-        targets = evidence.mixture.targets(weights, soft)
+        targets = evidence.mixture.targets(weights, step.soft)
         if not self.labels.follows_shares:
             for _, _, outcome in flow.outcomes:
                 targets = outcome.mix_targets(targets)
-        trace = _trace(fed, plan, evidence.mixture, weights, flow)
+        trace = _trace(step.images, evidence.pixels, evidence.mixture, weights, flow)
         losses = [outcome.loss for _, _, outcome in flow.outcomes if outcome.loss is not None]
-        aux_loss = torch.stack(losses).sum() if losses else soft.new_zeros(())
-        stats = _stats(plan, weights, flow)
+        aux_loss = torch.stack(losses).sum() if losses else step.soft.new_zeros(())
+        stats = _stats(evidence.pixels, weights, flow)
         return MixOutput(logits, targets, aux_loss, stats, trace, output)
+
+    @property
+    def _gathers(self) -> bool:
+        """Whether a stage mixes across processes."""
+        return world_size() > 1 and any(getattr(stage, "gather", False) for stage in self.tokens)
 
     def _over_processes(self, mixture: Mixture, soft: Tensor) -> tuple[Mixture, Tensor]:
         """Sources and their labels, counted over all processes where a stage mixes across them."""
-        if world_size() == 1 or not any(getattr(stage, "gather", False) for stage in self.tokens):
+        if not self._gathers:
             return mixture, soft
         require_equal_batches(soft)
         sources = mixture.sources + process_rank() * len(soft)
