@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from vitmix.maps import TeacherMaps
     from vitmix.train.config import TrainConfig
 
-__all__ = ["Loader", "make_augment", "make_loader"]
+__all__ = ["Loader", "ignore_interrupt", "make_augment", "make_loader"]
 
 Draw = tuple[int, int]  # row of the data set, seed of what is drawn while it is decoded
 
@@ -215,7 +215,7 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _ignore_interrupt(worker: int) -> None:
+def ignore_interrupt(worker: int) -> None:
     """Ctrl-C reaches all processes; the main one decides when to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -284,7 +284,7 @@ def make_loader(
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         collate_fn=collate,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=ignore_interrupt,
     )
 
 

@@ -15,6 +15,7 @@ from vitmix.teacher import ActivationMaps
 from vitmix.train.augment import normalise
 from vitmix.train.data import find_source, image_side
 from vitmix.train.decoding import DECODE_ERRORS, CorruptImageError, centred, pixels_of
+from vitmix.train.loading import ignore_interrupt
 from vitmix.train.provenance import pick_device
 from vitmix.train.teachers import find_teacher
 
@@ -91,7 +92,10 @@ def teach(
 
     def batches(start: int) -> Iterable[tuple[Tensor, Tensor]]:
         rest = Subset(images, range(start, len(images)))
-        for pixels, labels in DataLoader(rest, config.batch_size, num_workers=config.workers):
+        loader = DataLoader(
+            rest, config.batch_size, num_workers=config.workers, worker_init_fn=ignore_interrupt
+        )
+        for pixels, labels in loader:
             yield normalise(pixels.to(device), mean, std), labels.to(device)
 
     facts = {
@@ -101,14 +105,17 @@ def teach(
     }  # fmt: skip
     from tqdm import tqdm
 
+    finished = 0
     with tqdm(total=len(images), unit="image", disable=None, leave=False) as bar:
 
         def show(done: int) -> None:
-            bar.update(done - bar.n)
+            nonlocal finished
+            bar.update(done - finished)
+            finished = done
 
         try:
             return store_maps(out, maps_of, batches, len(images), facts=facts, progress=show)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
-                f"{bar.n} of {len(images)} maps are in {out}; the same command goes on from there"
+                f"{finished} of {len(images)} maps are in {out}; the same command goes on there"
             ) from None
