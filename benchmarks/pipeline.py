@@ -1,11 +1,11 @@
 """Time the input pipeline alone beside whole training steps: which of the two limits a run?
 
 Batches are read, cropped, mirrored, augmented, normalised and erased exactly as by
-``vitmix train``, with the published augmentation. Both sides take turns in one process, so that a
-machine whose speed drifts is fair to both; printed are medians over the rounds and the median of
-the ratio round by round, with its quartiles.
+``vitmix train``, with the published augmentation of a recipe. Both sides take turns in one process,
+so that a machine whose speed drifts is fair to both; printed are medians over the rounds and the
+median of the ratio round by round, with its quartiles.
 
-    python benchmarks/pipeline.py --data path/to/cifar100 --model cct_7_3x1_32
+    python benchmarks/pipeline.py --data path/to/cifar100 --recipe cct7-cifar100
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from vitmix.models import create_model
 from vitmix.train.config import TrainConfig
 from vitmix.train.data import ImageData, load_data
 from vitmix.train.loading import make_augment, make_loader
+from vitmix.train.recipes import settings_under
 
 Work = Callable[[], int]  # does a turn, returns how many images that were
 
@@ -101,22 +102,18 @@ def main() -> None:
     parser.add_argument("--train-limit", type=int, help="read only the first N training images")
     parser.add_argument("--img-size", type=int)
     parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--model", default="cct_7_3x1_32")
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--recipe", default="cct7-cifar100", help="see vitmix recipes")
+    parser.add_argument("--model", help="another model than the recipe's")
+    parser.add_argument("--batch-size", type=int, help="another batch size")
     parser.add_argument("--batches", type=int, default=20, help="batches a turn of the pipeline")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--aa", default="rand-m9-mstd0.5-inc1")
-    parser.add_argument("--reprob", type=float, default=0.25)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="arithmetic of the steps")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--fast", action="store_true", help="steps in bf16, channels last")
+    parser.add_argument("--channels-last", action="store_true", default=None)
     parser.add_argument("--json", type=Path, help="write the images a second of every round here")
     options = parser.parse_args()
-    config = TrainConfig(
-        data=options.data, train_limit=options.train_limit, img_size=options.img_size,
-        workers=options.workers, model=options.model, batch_size=options.batch_size,
-        aa=options.aa, reprob=options.reprob, channels_last=options.fast,
-        precision="bf16" if options.fast else "fp32",
-    )  # fmt: skip
+    given = {key: value for key, value in vars(options).items() if value is not None}
+    config = TrainConfig.from_dict({**settings_under(given), **given})
     start = time.perf_counter()
     data = load_data(config)
     reading = time.perf_counter() - start
@@ -130,7 +127,8 @@ def main() -> None:
     ratios = [fed / used for fed, used in zip(found["pipeline"], found["step"], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(f"{options.model}, batch {options.batch_size}, {options.device} ({machine})")
+    print(f"{config.model}, batch {config.batch_size}, {config.precision}, {options.device}")
+    print(machine)
     print(f"reading {len(data.train) + len(data.test)} images took {reading:.1f} s")
     for name, values in found.items():
         print(f"{name:10}{statistics.median(values):12.1f} images/s")
