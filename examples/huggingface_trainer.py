@@ -32,7 +32,7 @@ class Digits(Dataset[dict[str, Tensor]]):
         return {"pixel_values": self.images[index], "labels": self.labels[index]}
 
 
-class MixingTrainer(Trainer):  # 1: the loss comes from the mixing model
+class MixingTrainer(Trainer):  # type: ignore[misc]  # 1: the loss comes from the mixing model
     """A Trainer whose model is a MixingModel."""
 
     def compute_loss(

@@ -114,3 +114,56 @@ class FromPairs(nn.Module):
         for layer in self.layers:
             x = checkpoint(layer, x, use_reentrant=False) if self.checkpointing else layer(x)
         return self.head(x.mean(1))
+
+
+class WindowLayer(nn.Module):
+    """Attention within windows of a map ``(B, h, w, D)``."""
+
+    def __init__(self, width: int, heads: int, window: int) -> None:
+        super().__init__()
+        self.window = window
+        self.norm = nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        size, height, columns, width = x.shape
+        side = self.window
+        y = self.norm(x).unflatten(1, (-1, side)).unflatten(3, (-1, side)).transpose(2, 3)
+        y = self.attention(y.reshape(-1, side * side, width))
+        y = y.view(size, height // side, columns // side, side, side, width).transpose(2, 3)
+        x = x + y.reshape(x.shape)
+        return x + self.mlp(x)
+
+
+class MapLayer(nn.Module):
+    """Attention of all tokens of a map ``(B, D, h, w)``, without a residual connection."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention = Attention(width, heads)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.attention(x.flatten(2).transpose(1, 2))
+        return y.transpose(1, 2).reshape(x.shape)
+
+
+class InStages(nn.Module):
+    """Windows, then wider tokens on half the grid."""
+
+    def __init__(self, patch: int, width: int, classes: int) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, width, patch, patch)
+        self.early = nn.ModuleList(WindowLayer(width, 2, 4) for _ in range(2))
+        self.merge = nn.Conv2d(width, 2 * width, 2, 2)
+        self.late = nn.ModuleList(MapLayer(2 * width, 2) for _ in range(2))
+        self.head = nn.Linear(2 * width, classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.embed(images).permute(0, 2, 3, 1)
+        for layer in self.early:
+            x = layer(x)
+        x = self.merge(x.permute(0, 3, 1, 2))
+        for layer in self.late:
+            x = layer(x)
+        return self.head(x.mean((2, 3)))

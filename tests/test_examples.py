@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-LOOPS = ["plain_pytorch", "lightning_module", "huggingface_trainer", "timm_script"]
+LOOPS = ["plain_pytorch", "home_made", "lightning_module", "huggingface_trainer", "timm_script"]
 
 
 @pytest.mark.parametrize("name", LOOPS)

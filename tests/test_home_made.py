@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 import vitmix
-from home_made import FromEncoder, HandWritten
+from home_made import FromEncoder, HandWritten, InStages
 from models import NUM_CLASSES, SIZE, batch, make_vit
 from more_models import BACKBONES, MORE_FAMILIES
-from test_mixing import hooks
+from recorders import CallRecorder
+from test_mixing import hooks, horizontal
+from test_staged import brute_force
 
 pytest.importorskip("timm")
 
@@ -69,6 +71,107 @@ def test_sequences_first_are_refused() -> None:
     layers = [nn.TransformerEncoderLayer(32, 2, 64)]
     with pytest.raises(vitmix.UnsupportedModelError, match="batch_first=False"):
         vitmix.describe(nn.Sequential(*layers), blocks=layers, grid=(4, 4), embed_dim=32)
+
+
+def test_bare_attention_is_refused() -> None:
+    """Its queries, keys and values would not be mixed together."""
+    layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+    for block in (layer.self_attn, vitmix.Block(layer, layer.self_attn, layer.self_attn)):
+        with pytest.raises(vitmix.UnsupportedModelError, match=r"found nn\.MultiheadAttention"):
+            vitmix.describe(layer, blocks=[block], grid=(4, 4), embed_dim=32)
+
+
+def in_windows(grid: tuple[int, int]) -> vitmix.functional.Reach:
+    return vitmix.functional.Reach(grid, windows=vitmix.functional.windows(grid, (4, 4)))
+
+
+def in_stages(model: Any) -> vitmix.Backbone:
+    early = [
+        vitmix.Block(layer, layer.norm, layer.attention, layout="channels_last", reach=in_windows)
+        for layer in model.early
+    ]
+    late = [
+        vitmix.Block(
+            layer,
+            layer.attention,
+            layer.attention,
+            layout="channels_first",
+            stride=2,
+            width=64,
+            residual=False,
+        )
+        for layer in model.late
+    ]
+    return vitmix.describe(model, blocks=[*early, *late], grid=(8, 8), embed_dim=32)
+
+
+@pytest.mark.parametrize("block", [1, 2, 3])
+def test_stages_windows_and_maps_by_hand(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = InStages(4, 32, NUM_CLASSES)
+    mixing = vitmix.MixingModel(
+        model,
+        mix=vitmix.CutMix(),
+        labels=vitmix.TokenAlignedLabels(),
+        tokens=[horizontal(block=block), vitmix.ManifoldMixup(block=block)],
+        num_classes=NUM_CLASSES,
+        backbone=in_stages(model),
+    ).train()
+    images, targets = batch()
+    recorder = CallRecorder(mixing, monkeypatch)
+    out = mixing(images, targets)
+    recorder.close()
+    soft = vitmix.functional.smooth_targets(targets, NUM_CLASSES)
+    expected = brute_force(mixing, out, recorder, soft)
+    torch.testing.assert_close(out.targets, expected, atol=1e-5, rtol=0)
+    out.loss().backward()
+    assert hooks(model) == 0
+
+
+def test_windows_by_hand_refuse_vertical_mixing() -> None:
+    model = InStages(4, 32, NUM_CLASSES)
+    stage = vitmix.VerticalTokenMixup(block=1, kappa=3)
+    with pytest.raises(vitmix.UnsupportedModelError, match="no place there"):
+        vitmix.MixingModel(
+            model, tokens=[stage], num_classes=NUM_CLASSES, backbone=in_stages(model)
+        )
+
+
+def test_a_pooling_by_hand_refuses_aligned_labels() -> None:
+    model = InStages(4, 32, NUM_CLASSES)
+    backbone = vitmix.describe(
+        model, list(model.late), grid=(4, 4), embed_dim=64, alignment_reason="the maximum of tokens"
+    )
+    with pytest.raises(vitmix.UnsupportedModelError, match="found the maximum of tokens"):
+        vitmix.MixingModel(
+            model,
+            labels=vitmix.TokenAlignedLabels(),
+            num_classes=NUM_CLASSES,
+            backbone=backbone,
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layout": "rows"}, "`layout` of block 0 as one of tokens"),
+        ({"stride": 0}, "`stride` of block 0 of at least 1, got 0"),
+        ({"width": 0}, "`width` of block 0"),
+        ({"attentions": 0}, "`attentions` of block 0"),
+    ],
+)
+def test_bad_blocks(options: dict[str, Any], message: str) -> None:
+    layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+    block = vitmix.Block(layer, layer, layer, **options)
+    with pytest.raises(vitmix.InputError, match=message):
+        vitmix.describe(layer, blocks=[block], grid=(4, 4), embed_dim=32)
+
+
+def test_prefix_tokens_have_no_place_in_a_map() -> None:
+    layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+    block = vitmix.Block(layer, layer, layer, reach=in_windows)
+    with pytest.raises(vitmix.InputError, match="`num_prefix_tokens` of 0"):
+        vitmix.describe(layer, blocks=[block], grid=(4, 4), embed_dim=32, num_prefix_tokens=1)
 
 
 def test_a_wrong_grid_is_found_at_the_first_block() -> None:

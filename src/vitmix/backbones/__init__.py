@@ -36,7 +36,6 @@ _FAMILIES: tuple[Family, ...] = (
     cct,
     timm_vit,
     timm_position,
-    timm_pyramids,
     timm_swin,
     timm_maxxvit,
     timm_pyramids,
@@ -61,31 +60,41 @@ def describe(
     pooling: Pooling | None = None,
     pool_scores: nn.Module | None = None,
     recomputes: Callable[[], bool] | None = None,
+    alignment_reason: Reason = None,
     vertical_reason: Reason = None,
 ) -> Backbone:
     """Find the blocks, token grid, prefix tokens and pooling of a model.
 
     A model of a known family is described by itself. For any other the arguments behind ``model``
     say what it is made of; then pass the result to ``vitmix.MixingModel(..., backbone=...)``. Its
-    blocks must take tokens ``(B, T, D)`` as first argument, give such tokens, attend once and
-    globally by ``scaled_dot_product_attention``, ``nn.MultiheadAttention`` or a softmax over
-    ``(B, H, T, T)``, and work token by token apart from that.
+    blocks must take tokens ``(B, T, D)`` as first argument, give such tokens, attend once by
+    ``scaled_dot_product_attention``, ``nn.MultiheadAttention`` or a softmax over ``(B, H, T, T)``,
+    all tokens to all, and work token by token apart from that.
+
+    What differs from this is said block by block with a :class:`vitmix.Block`: parts in which
+    vertical mixing acts (``entry``, ``attention``; the whole block otherwise), tokens laid out as a
+    map (``layout``), coarser grids and other widths of later stages (``stride``, ``width``),
+    attention within windows or to reduced keys (``reach``), several attention calls, no residual
+    connection, or one around an attention branch that is all there is of the block
+    (``skip_outside``).
 
     Args:
         model: the model; it is only looked at.
-        blocks: transformer blocks in order, for a home-made model; a :class:`vitmix.Block` names
-            the parts of a block in which vertical mixing acts (the whole block otherwise).
-        grid: rows and columns of image tokens, or a function that gives them for an input of
-            ``(height, width)`` pixels.
-        embed_dim: width of a token.
+        blocks: transformer blocks in order, for a home-made model.
+        grid: rows and columns of image tokens at the first block, or a function that gives them for
+            an input of ``(height, width)`` pixels.
+        embed_dim: width of a token, where its block says nothing else.
         num_prefix_tokens: tokens in front that stand for no image region.
         class_token: whether the first of them is a class token; yes if there are any by default.
         pooling: see :class:`vitmix.Backbone`; by default the class token, else the average of image
             tokens.
         pool_scores: for pooling ``"sequence"``: the module that gives a score a token.
         recomputes: whether activations are recomputed in the backward pass just now.
+        alignment_reason: why shares cannot be followed to the output, if they can't: a pooling that
+            is no weighted mean of tokens.
         vertical_reason: why blocks cannot attend to more tokens, if they can't: attention with a
-            position bias or rotary embeddings.
+            position bias or rotary embeddings; known by itself where a block has a ``reach`` or
+            takes a map.
 
     Returns:
         What was found.
@@ -103,6 +112,13 @@ def describe(
         >>> model = nn.Sequential(*layers)
         >>> describe(model, blocks=layers, grid=(4, 4), embed_dim=32).pooling
         'average'
+
+        Attention within windows of 7 x 7, in blocks that take maps ``(B, h, w, D)``::
+
+            def reach(grid):
+                return functional.Reach(grid, windows=functional.windows(grid, (7, 7)))
+
+            Block(layer, layer.norm, layer.attention, layout="channels_last", reach=reach)
     """
     if blocks is not None:
         return describe_by_hand(
@@ -115,10 +131,12 @@ def describe(
             pooling=pooling,
             pool_scores=pool_scores,
             recomputes=recomputes,
+            alignment_reason=alignment_reason,
             vertical_reason=vertical_reason,
         ).within(model)
-    given = (grid, embed_dim, class_token, pooling, pool_scores, recomputes, vertical_reason)
-    if num_prefix_tokens or any(argument is not None for argument in given):
+    given = (grid, embed_dim, class_token, pooling, pool_scores, recomputes)
+    reasons = (alignment_reason, vertical_reason)
+    if num_prefix_tokens or any(argument is not None for argument in (*given, *reasons)):
         raise InputError(
             "expected `blocks` with arguments that describe a model by hand, got none; "
             "a model of a known family is described by itself"

@@ -15,6 +15,7 @@ from vitmix.functional.grids import Grid
 from vitmix.functional.reach import Reach
 
 __all__ = [
+    "LAYOUTS",
     "POOLINGS",
     "Backbone",
     "Block",
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 Layout = Literal["tokens", "channels_last", "channels_first"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 Pooling = Literal[
     "class_token",
@@ -73,15 +75,15 @@ class Block:
             (B, h, w, D) or ``"channels_first"`` (B, D, h, w).
         stride: sides of the first block's token grid over those of this one's.
         width: channels D of a token, or None for ``embed_dim`` of the backbone.
-        reach: which tokens attend to which, for a token grid, prefix tokens aside; None if all do
-            to all.
+        reach: which tokens attend to which, as a :class:`vitmix.functional.Reach` for a token grid,
+            prefix tokens aside; None if all do to all.
         attentions: attention calls of the block, whose results are added up or stand side by side.
         heads: heads of an attention call that has them in its batch, ``(B heads, ..., N, d)``; 0
             for ``(..., heads, N, d)``.
         heads_first: whether heads come before windows, ``(B, heads, windows, N, d)``.
         residual: whether the block adds what goes into the attention to what comes out.
-        skip_outside: whether that is done outside of ``module`` (which then is no more than the
-            attention branch).
+        skip_outside: whether that is done outside of ``module``, which then is no more than the
+            attention branch: ``x + module(x)``, with nothing done to its result in between.
     """
 
     module: nn.Module

@@ -8,10 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from vitmix.backbones.base import POOLINGS, Backbone, Block, Pooling, Reason
+from vitmix.backbones.base import LAYOUTS, POOLINGS, Backbone, Block, Pooling, Reason
 from vitmix.errors import InputError, UnsupportedModelError
 
 __all__ = ["Grid", "describe_by_hand"]
+
+PLACED = (
+    "blocks with windows, reduced keys or a map of tokens: a token that is put behind the others "
+    "has no place there"
+)
 
 Grid = tuple[int, int] | Callable[[tuple[int, int]], tuple[int, int]]
 
@@ -27,6 +32,7 @@ def describe_by_hand(
     pooling: Pooling | None,
     pool_scores: nn.Module | None,
     recomputes: Callable[[], bool] | None,
+    alignment_reason: Reason,
     vertical_reason: Reason,
 ) -> Backbone:
     """See :func:`vitmix.describe`."""
@@ -48,9 +54,16 @@ def describe_by_hand(
             "is one of them"
         )
     pooling = _pooling(pooling, first, num_prefix_tokens, pool_scores)
+    described = tuple(_block(index, block) for index, block in enumerate(blocks))
+    placed = any(block.reach is not None or block.layout != "tokens" for block in described)
+    if placed and num_prefix_tokens:
+        raise InputError(
+            "expected `num_prefix_tokens` of 0 with blocks that have a `reach` or take tokens as a "
+            f"map, got {num_prefix_tokens}: a prefix token has no place there"
+        )
     backbone = Backbone(
         family=type(model).__name__,
-        blocks=tuple(_block(index, block) for index, block in enumerate(blocks)),
+        blocks=described,
         embed_dim=embed_dim,
         num_prefix_tokens=num_prefix_tokens,
         class_token=first,
@@ -58,7 +71,8 @@ def describe_by_hand(
         grid=grid if callable(grid) else partial(_fixed, _checked(grid)),
         pool_scores=pool_scores,
         recomputes=bool if recomputes is None else recomputes,
-        vertical_reason=vertical_reason,
+        alignment_reason=alignment_reason,
+        vertical_reason=PLACED if placed and vertical_reason is None else vertical_reason,
     )
     if not backbone.blocks:
         raise InputError("expected `blocks` of at least one module, got none")
@@ -72,18 +86,41 @@ def describe_by_hand(
 
 
 def _block(index: int, block: object) -> Block:
-    if isinstance(block, nn.TransformerEncoderLayer) and not block.self_attn.batch_first:
-        raise UnsupportedModelError(
-            f"looked for tokens (B, T, D), found nn.TransformerEncoderLayer with batch_first=False "
-            f"at block {index}. The model was not changed."
-        )
-    if isinstance(block, Block):
-        return block
     if isinstance(block, nn.Module):
-        return Block(module=block, entry=block, attention=block)
-    raise InputError(
-        f"expected `blocks` of nn.Module or vitmix.Block, got {type(block).__name__} at {index}"
-    )
+        block = Block(module=block, entry=block, attention=block)
+    if not isinstance(block, Block):
+        raise InputError(
+            f"expected `blocks` of nn.Module or vitmix.Block, got {type(block).__name__} at {index}"
+        )
+    _require_tokens(index, block)
+    if block.layout not in LAYOUTS:
+        raise InputError(
+            f"expected `layout` of block {index} as one of {', '.join(LAYOUTS)}, "
+            f"got {block.layout!r}"
+        )
+    for name in ("stride", "width", "attentions"):
+        value = getattr(block, name)
+        if value is not None and value < 1:
+            raise InputError(f"expected `{name}` of block {index} of at least 1, got {value}")
+    return block
+
+
+def _require_tokens(index: int, block: Block) -> None:
+    """Check that a block is given its tokens once, samples first."""
+    for role in ("module", "entry"):
+        part = getattr(block, role)
+        if isinstance(part, nn.MultiheadAttention):
+            raise UnsupportedModelError(
+                f"looked for a {role} of block {index} that takes tokens as its first argument "
+                "alone, found nn.MultiheadAttention, which takes queries, keys and values. Give "
+                "the module that calls it. The model was not changed."
+            )
+    for part in (getattr(block.module, "self_attn", None), block.attention):
+        if isinstance(part, nn.MultiheadAttention) and not part.batch_first:
+            raise UnsupportedModelError(
+                "looked for tokens (B, T, D), found nn.MultiheadAttention with batch_first=False "
+                f"in {type(block.module).__name__} at block {index}. The model was not changed."
+            )
 
 
 def _pooling(

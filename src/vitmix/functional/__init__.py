@@ -11,6 +11,7 @@ from vitmix.functional.horizontal import (
 from vitmix.functional.masks import block_mask, box_mask, random_mask
 from vitmix.functional.matching import optimal_assignment, optimal_partners, saliency_gain
 from vitmix.functional.mixture import Mixture
+from vitmix.functional.reach import Reach, windows
 from vitmix.functional.saliency import (
     attention_rollout,
     attention_saliency,
@@ -29,6 +30,7 @@ from vitmix.functional.vertical import salient_indices, salient_tokens
 __all__ = [
     "HorizontalPlan",
     "Mixture",
+    "Reach",
     "RunningQuantile",
     "activation_weight",
     "align_shares",
@@ -54,4 +56,5 @@ __all__ = [
     "smooth_targets",
     "soft_cross_entropy",
     "soft_cross_entropy_per_sample",
+    "windows",
 ]
