@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from vitmix.train.data import ImageData
     from vitmix.train.module import MixingTask
 
-__all__ = ["Example", "collect_examples", "examples_figure"]
+__all__ = ["Example", "collect_examples", "examples_figure", "telling_examples"]
 
 
 @dataclass(frozen=True)
@@ -60,19 +61,40 @@ def collect_examples(task: MixingTask, data: ImageData, count: int = 4) -> list[
         best: tuple[float, Example] | None = None
         for _ in range(3):  # draws are often one for a whole batch
             out = mixing(batch, labels, maps=maps)
-            found = _most_mixed(out, batch, labels, data, config.smoothing)
-            if found is not None and (best is None or found[0] > best[0]):
-                best = found
+            found = _most_mixed(out, batch, labels, data, config.smoothing, 1)
+            best = max([*found, *([best] if best else [])], key=itemgetter(0), default=None)
         if best is not None:
             chosen.append(best[1])
     mixing.eval()
     return chosen
 
 
+def telling_examples(
+    out: MixOutput,
+    images: Tensor,
+    labels: Tensor,
+    data: ImageData,
+    smoothing: float,
+    count: int = 4,
+) -> list[Example]:
+    """Samples of a training step, those first that are mixed most evenly.
+
+    Args:
+        out: result of the step.
+        images: ``(B, 3, H, W)`` before mixing.
+        labels: ``(B,)``.
+        data: names of classes, and how the images were normalised.
+        smoothing: label smoothing in the targets.
+        count: samples at most.
+    """
+    return [example for _, example in _most_mixed(out, images, labels, data, smoothing, count)]
+
+
+@torch.no_grad()
 def _most_mixed(
-    out: MixOutput, images: Tensor, labels: Tensor, data: ImageData, smoothing: float
-) -> tuple[float, Example] | None:
-    """The sample that is mixed most evenly with one of another class."""
+    out: MixOutput, images: Tensor, labels: Tensor, data: ImageData, smoothing: float, count: int
+) -> list[tuple[float, Example]]:
+    """Samples that are mixed most evenly with one of another class, and how evenly."""
     trace = out.trace
     fed = trace.images
     own = torch.ones(len(images), *images.shape[2:], device=images.device)
@@ -81,12 +103,17 @@ def _most_mixed(
     if trace.pixels is not None:
         own = _raster(trace.pixels.own, images.shape).to(images.device)
         partner, stage = trace.pixels.partner.to(images.device), "pixels"
+    here = torch.ones(len(images), dtype=torch.bool, device=images.device)
     for block, plan in trace.horizontal.items():
+        # With partners from all processes, only those of this one can be shown.
+        others = plan.partner - (0 if trace.sources is None else int(trace.sources[0, 0]))
+        here &= (others >= 0) & (others < len(images))
+        others = others.clamp(0, len(images) - 1)
         replaced = _grid(plan.replace, images.shape)
-        fed = torch.where(replaced[:, None], fed[plan.partner], fed)
+        fed = torch.where(replaced[:, None], fed[others], fed)
         if not stage:
             own = torch.where(replaced, torch.zeros_like(own), own)
-            partner, stage = plan.partner, f"tokens at block {block}"
+            partner, stage = others, f"tokens at block {block}"
     for block, blend in trace.blended.items():
         weight = blend.own_weight[:, None, None]
         fed = torch.lerp(fed[blend.partner], fed, weight[:, None].to(fed))
@@ -94,26 +121,33 @@ def _most_mixed(
             own, partner = own * weight, blend.partner
             stage = f"tokens at block {block}"
     if not stage:
-        return None
+        return []
     share = own.mean((1, 2))
-    evenness = share * (1 - share) * (labels != labels[partner])
-    sample = int(evenness.argmax())
-    if not evenness[sample] > 0:
-        return None
-    other = int(partner[sample])
-    target = (out.targets[sample].float() - smoothing / len(data.classes)) / (1 - smoothing)
-    weights, classes = target.sort(descending=True)
-    named = [
+    evenness = share * (1 - share) * (labels != labels[partner]) * here
+    found = []
+    for sample in evenness.topk(min(count, len(evenness))).indices.tolist():
+        if not evenness[sample] > 0:
+            break
+        other = int(partner[sample])
+        example = Example(
+            _shown(images[sample], data), _shown(images[other], data), own[sample].cpu(),
+            _shown(fed[sample], data), data.classes[int(labels[sample])],
+            data.classes[int(labels[other])], _named(out.targets[sample], data, smoothing), stage,
+        )  # fmt: skip
+        found.append((float(evenness[sample]), example))
+    return found
+
+
+def _named(target: Tensor, data: ImageData, smoothing: float) -> list[tuple[str, float]]:
+    """The classes of a target and their weights without smoothing, three at most."""
+    weights, classes = ((target.float() - smoothing / len(data.classes)) / (1 - smoothing)).topk(
+        min(3, len(data.classes))
+    )
+    return [
         (data.classes[int(index)], float(weight))
-        for weight, index in zip(weights[:3], classes[:3], strict=True)
+        for weight, index in zip(weights, classes, strict=True)
         if weight > 0.005
     ]
-    example = Example(
-        _shown(images[sample], data), _shown(images[other], data), own[sample].cpu(),
-        _shown(fed[sample], data), data.classes[int(labels[sample])],
-        data.classes[int(labels[other])], named, stage,
-    )  # fmt: skip
-    return float(evenness[sample]), example
 
 
 def _raster(cells: Tensor, shape: torch.Size) -> Tensor:

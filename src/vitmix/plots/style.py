@@ -7,11 +7,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["DARK", "LIGHT", "OWN", "PARTNER", "THEMES", "Theme", "line_style", "themed"]
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "DARK",
+    "LIGHT",
+    "OWN",
+    "PARTNER",
+    "THEMES",
+    "Theme",
+    "line_style",
+    "pixels_of_figure",
+    "themed",
+]
 
 # Okabe and Ito's palette without yellow and black, which vanish on one of the two grounds.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -68,3 +82,12 @@ def themed(theme: Theme) -> Iterator[None]:
     }
     with mpl.rc_context(settings):
         yield
+
+
+def pixels_of_figure(figure: Figure, dpi: int = 120) -> np.ndarray:
+    """A figure as a picture ``(H, W, 3)`` uint8."""
+    figure.set_dpi(dpi)
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    picture: np.ndarray = np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return picture

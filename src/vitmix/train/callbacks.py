@@ -1,4 +1,4 @@
-"""What happens around the steps: progress on the console, averaged weights."""
+"""What happens around the steps: progress on the console, pictures, averaged weights."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from PIL import Image
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from vitmix.train.loggers import log_picture
 from vitmix.train.parallel import placed_like
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import lightning.pytorch as pl
 
+    from vitmix.train.data import ImageData
     from vitmix.train.module import MixingTask
 
-__all__ = ["ConsoleProgress", "WeightAverage"]
+__all__ = ["ConsoleProgress", "MixedImages", "WeightAverage"]
 
 
 class ConsoleProgress(Callback):
@@ -82,6 +87,49 @@ class ConsoleProgress(Callback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+class MixedImages(Callback):
+    """A picture of mixed samples in every N-th epoch: of its first step, as it was trained on.
+
+    It goes to the loggers, and as a file to a folder.
+    """
+
+    def __init__(self, data: ImageData, folder: Path, every: int) -> None:
+        self.data, self.folder, self.every = data, folder, every
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Ask the task to keep what it mixes."""
+        if batch_idx == 0 and trainer.current_epoch % self.every == 0:
+            pl_module.watches = True  # type: ignore[assignment]
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
+    ) -> None:
+        """Make and log the picture."""
+        task: MixingTask = pl_module  # type: ignore[assignment]
+        if task.watched is None:
+            return
+        (out, images, labels), task.watched = task.watched, None
+        task.speed.pause()
+        from vitmix.plots.examples import examples_figure, telling_examples
+        from vitmix.plots.style import LIGHT, pixels_of_figure, themed
+        from vitmix.train.folder import replacing
+
+        examples = telling_examples(out, images, labels, self.data, task.config.smoothing)
+        if not examples:
+            return
+        epoch = trainer.current_epoch + 1
+        with themed(LIGHT):
+            figure = examples_figure(examples, LIGHT, f"epoch {epoch}: {examples[0].stage}")
+            picture = pixels_of_figure(figure)
+        for logger in trainer.loggers:
+            log_picture(logger, "mixed samples", picture, trainer.global_step)
+        self.folder.mkdir(exist_ok=True)
+        with replacing(self.folder / f"epoch-{epoch:04}.png") as temporary:
+            Image.fromarray(picture).save(temporary)
 
 
 class WeightAverage(Callback):

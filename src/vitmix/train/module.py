@@ -15,11 +15,12 @@ from vitmix.functional import soft_cross_entropy
 from vitmix.processes import gather_objects, mean_over_processes, process_rank
 from vitmix.train.optimiser import learning_rate_factor, make_optimiser
 from vitmix.train.parallel import whole
+from vitmix.train.speed import Speed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vitmix import MixingModel
+    from vitmix import MixingModel, MixOutput
     from vitmix.train.augment import BatchAugment
     from vitmix.train.config import TrainConfig
 
@@ -73,6 +74,9 @@ class MixingTask(pl.LightningModule):
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._epoch_loss: list[Tensor] = []
+        self.speed = Speed()
+        self.watched: tuple[MixOutput, Tensor, Tensor] | None = None  # a step to make a picture of
+        self.watches = False
 
     def configure_model(self) -> None:
         """Shard each block, and the rest, where the strategy asks for it."""
@@ -107,13 +111,24 @@ class MixingTask(pl.LightningModule):
             )
         self._record({"train/loss": loss.detach(), **out.stats})
         self._epoch_loss.append(loss.detach())
+        if self.watches:
+            self.watched, self.watches = (out, images, labels), False
         return loss
 
     def on_train_start(self) -> None:
         """Stop at once where a run goes on that had come to its last step."""
-        self.on_train_batch_end()
+        self._stop_at_the_end()
+
+    def on_train_epoch_start(self) -> None:
+        """Go on with the clock after a pause."""
+        self.speed.start()
 
     def on_train_batch_end(self, *args: Any) -> None:
+        """Take the time; stop after the last step."""
+        self.speed.count(self.config.batch_size)
+        self._stop_at_the_end()
+
+    def _stop_at_the_end(self) -> None:
         """Stop where ``max_steps`` says so; the epoch is closed as usual."""
         if self.global_step >= self.steps:
             self.trainer.should_stop = True
@@ -125,7 +140,7 @@ class MixingTask(pl.LightningModule):
             self._sums[key] = self._sums[key] + value if key in self._sums else value
             self._counts[key] = self._counts.get(key, 0) + 1
         if (self.global_step + 1) % self.log_every == 0:
-            means = self._means()
+            means = self._means() | self.speed.read(self.device)
             groups = self.optimizers().param_groups  # type: ignore[union-attr]
             means["lr"] = max(group["lr"] for group in groups)
             self._write(means, self.global_step + 1)

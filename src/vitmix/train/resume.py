@@ -19,7 +19,7 @@ __all__ = ["check_origin", "finished_results", "resumed_settings"]
 # lies now (its contents are compared), how it is read, and how often something is written.
 FREE = frozenset(
     ("data", "data_root", "download", "workers", "log_interval", "checkpoint_steps",
-     "checkpoint_minutes")
+     "checkpoint_minutes", "image_epochs", "logger")
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import torch
 
 from vitmix.errors import InputError
 from vitmix.processes import alone
-from vitmix.train.callbacks import ConsoleProgress, WeightAverage
+from vitmix.train.callbacks import ConsoleProgress, MixedImages, WeightAverage
 from vitmix.train.checkpoint import (
     LAST,
     load_trained,
@@ -26,7 +26,7 @@ from vitmix.train.checkpoint import (
 from vitmix.train.data import ImageData, load_data
 from vitmix.train.folder import MARKER, claim_folder, write_json
 from vitmix.train.loading import make_augment, make_loader
-from vitmix.train.logs import MetricsTable
+from vitmix.train.loggers import check_loggers, close_loggers, make_loggers
 from vitmix.train.methods import method_name, method_of
 from vitmix.train.module import MixingTask, NonFiniteLossError
 from vitmix.train.optimiser import check_optimiser, parameter_groups
@@ -180,12 +180,15 @@ def train_run(
     callbacks = [states, checkpoints]
     if processes.first:
         callbacks.insert(0, ConsoleProgress(label))
+        if config.image_epochs:
+            callbacks.insert(1, MixedImages(data, folder / "images", config.image_epochs))
     trainer = _make_trainer(config, folder, callbacks, processes, saved)
     if teacher is not None:
         teacher.to(trainer.strategy.root_device)  # labels hold it, no module does
     seed_everything(own_seed)
     test = make_loader(data, config, train=False, processes=processes)
     _fit(trainer, task, loader, test, checkpoints, path)
+    close_loggers(trainer.loggers)
     if teacher is not None:
         teacher.cpu()  # as Lightning does with everything else
     results = _results(config, data, task, checkpoints)
@@ -244,6 +247,7 @@ def check_config(config: TrainConfig) -> None:
     config.validate()
     make_policy(config.aa, config.color_jitter)
     check_optimiser(config)
+    check_loggers(config)
     device = pick_device(config.device)
     if config.precision == "fp16" and device == "cpu":
         raise InputError("expected a GPU for --precision fp16, got the CPU; use bf16 or fp32")
@@ -330,7 +334,6 @@ def _make_trainer(
     saved: dict[str, Any] | None,
 ) -> pl.Trainer:
     import lightning.pytorch as pl
-    from lightning.pytorch.loggers import TensorBoardLogger
 
     precision: Any = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
     if config.model_ema:
@@ -346,11 +349,7 @@ def _make_trainer(
             max_epochs=config.epochs,
             gradient_clip_val=config.clip_grad,
             callbacks=callbacks,
-            logger=[
-                MetricsTable(folder / "metrics.csv", steps),
-                # Values of later steps, which a stopped run may have written, are void.
-                TensorBoardLogger(folder, name="tensorboard", version="", purge_step=steps + 1),
-            ],
+            logger=make_loggers(config, folder, steps) if processes.first else [],
             plugins=[WholeFiles(), *make_plugins()],
             enable_checkpointing=False,
             enable_progress_bar=False,
