@@ -39,7 +39,7 @@ def small(out: Path, **changes: Any) -> TrainConfig:
     settings: dict[str, Any] = {
         "train_limit": 64, "img_size": 16, "batch_size": 16, "epochs": EPOCHS, "threads": 1,
         "out": str(out), "name": "run", "device": "cpu", "crop_padding": 1, "log_interval": 3,
-        "method": "cutmix+tokenmixup", "tau": "auto:0.5", "model_ema": True,
+        "image_epochs": 0, "method": "cutmix+tokenmixup", "tau": "auto:0.5", "model_ema": True,
         "aa": "rand-m9-mstd0.5", "reprob": 0.3,
     }  # fmt: skip
     return TrainConfig(**(settings | changes))
