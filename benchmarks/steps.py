@@ -3,12 +3,15 @@
 The variants take turns in one process, so that a machine whose speed drifts is fair to all of
 them. Printed are medians and the median of the ratio round by round, with its quartiles: of seconds
 on the clock, and of processor time, which other programs on the machine disturb less.
-``plain-again`` is the plain step once more: what its ratio is off from 1 is noise.
+``plain-again`` is the plain step once more: what its ratio is off from 1 is noise. A variant with
+``+compiled`` behind it is compiled in one graph.
 
     python benchmarks/steps.py --model deit_small_patch16_224 --batch-size 8 \
         --variants plain,tl-align
     python benchmarks/steps.py --model cct_7_3x1_32 --batch-size 32 \
         --variants plain,tokenmixup-h,tokenmixup-v
+    python benchmarks/steps.py --model deit_tiny_patch16_224 --batch-size 16 \
+        --variants plain,plain+compiled,tl-align,tl-align+compiled
 """
 
 from __future__ import annotations
@@ -59,6 +62,9 @@ def stages(variant: str) -> dict[str, object] | None:
 def make_step(variant: str, name: str, batch: int, size: int, device: str, bf16: bool) -> Step:
     """Make a function that does one whole training step."""
     torch.manual_seed(0)
+    variant, *compiled = variant.split("+")
+    if compiled not in ([], ["compiled"]):
+        raise SystemExit(f"expected nothing or 'compiled' behind '+', got {'+'.join(compiled)!r}")
     model = create_model(name, num_classes=NUM_CLASSES, img_size=size).to(device).train()
     images = torch.randn(batch, 3, size, size, device=device)
     targets = torch.randint(NUM_CLASSES, (batch,), device=device)
@@ -67,6 +73,8 @@ def make_step(variant: str, name: str, batch: int, size: int, device: str, bf16:
     if arguments is not None:
         mixing = vitmix.MixingModel(model, num_classes=NUM_CLASSES, **arguments)  # type: ignore[arg-type]
     trained = model if mixing is None else mixing
+    if compiled:
+        trained.compile(fullgraph=True)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-5)
 
     def step() -> None:
@@ -122,10 +130,10 @@ def main() -> None:
     seconds = compare(steps, options.rounds)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     print(f"{options.model}, batch {options.batch_size}, {options.device} ({machine})")
-    print(f"{'variant':14}{'ms':>10}{'clock: ratio, quartiles':>27}{'processor':>25}")
+    print(f"{'variant':22}{'ms':>10}{'clock: ratio, quartiles':>27}{'processor':>25}")
     base = seconds[variants[0]]
     for variant in variants:
-        line = f"{variant:14}{statistics.median(s for s, _ in seconds[variant]) * 1e3:10.1f}"
+        line = f"{variant:22}{statistics.median(s for s, _ in seconds[variant]) * 1e3:10.1f}"
         for kind in (0, 1):
             pairs = zip(seconds[variant], base, strict=True)
             ratios = [mine[kind] / plain[kind] for mine, plain in pairs]

@@ -60,6 +60,13 @@ def work(rank: int, folder: str) -> None:
                 name: p.grad.clone() for name, p in mixing.named_parameters() if p.grad is not None
             }
             parallel(*batch(4, rank)).loss().backward()  # a second step finds all in order
+    compiled = build("vit", "everything", rank)
+    compiled.compile(backend="eager")
+    parallel = torch.nn.parallel.DistributedDataParallel(compiled)
+    parallel(*batch(4, rank)).loss().backward()
+    for name, p in compiled.named_parameters():
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad, results["vit/everything/False"][name], msg=name)
     torch.save(results, os.path.join(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 
