@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 import vitmix
 from vitmix.errors import InputError
@@ -489,6 +490,17 @@ def test_teacher_from_a_checkpoint_or_an_earlier_run(tmp_path: Path, digits: Any
         assert not [key for key in saved if "teacher" in key]
     trained = train_run(replace(config, teacher="auto"), data=digits)
     assert (trained.folder / "teacher" / "results.json").is_file()
+
+
+def test_compiled(tmp_path: Path, digits: Any) -> None:
+    weights = []
+    with torch.compiler.set_stance(force_backend="eager"):
+        for compiled in (False, True):
+            counters.clear()
+            config = small(tmp_path, method="tokenmixup", compile=compiled)
+            weights.append(train_run(config, data=digits).task.mixing.state_dict())
+            assert (counters["stats"]["unique_graphs"] > 0) == compiled
+    torch.testing.assert_close(*weights)
 
 
 def test_bf16_and_channels_last(tmp_path: Path, digits: Any) -> None:

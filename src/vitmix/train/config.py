@@ -233,6 +233,7 @@ class TrainConfig:
         "Run", "ddp", "how several processes train: ddp (whole copies) or fsdp (shards)"
     )
     channels_last: bool = option("Run", False, "channels-last memory layout (faster convolutions)")
+    compile: bool = option("Run", False, "compile the passes through the model (torch.compile)")
     threads: int | None = option("Run", None, "CPU threads (default: PyTorch's choice)")
     seed: int = option("Run", 0, "seed of weights, order, augmentation and mixing")
     log_interval: int | None = option(

@@ -166,6 +166,8 @@ def train_run(
     )  # fmt: skip
     if config.channels_last:
         task.to(memory_format=torch.channels_last)
+    if config.compile:
+        mixing.compile()
     results = finished_results(folder)
     if results is not None and saved is not None:
         task.on_load_checkpoint(saved)
