@@ -53,6 +53,30 @@ class HandWritten(nn.Module):
         return self.head(x[:, 0])
 
 
+class FromTrunk(nn.Module):
+    """DINOv3 of transformers, which has no classifier, with one."""
+
+    def __init__(self, size: int, patch: int, width: int, depth: int, classes: int) -> None:
+        from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+        super().__init__()
+        self.trunk = DINOv3ViTModel(
+            DINOv3ViTConfig(
+                image_size=size,
+                patch_size=patch,
+                hidden_size=width,
+                num_hidden_layers=depth,
+                num_attention_heads=2,
+                intermediate_size=2 * width,
+                num_register_tokens=2,
+            )
+        )
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.trunk(images).pooler_output)
+
+
 class FromEncoder(nn.Module):
     """PyTorch's own encoder, the average of all tokens."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import vitmix
-from home_made import FromEncoder, HandWritten
+from home_made import FromEncoder, FromTrunk, HandWritten
 from models import NUM_CLASSES, SIZE
 
 _TIMM = {
@@ -221,6 +221,7 @@ MORE_FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "vit-pytorch-simple": partial(make_vit_pytorch, "simple_vit.SimpleViT"),
     "vit-pytorch-cct": make_vit_pytorch_cct,
     "hand-written": partial(HandWritten, SIZE, 8, 32, 4, NUM_CLASSES),
+    "dinov3-trunk": partial(FromTrunk, SIZE, 8, 32, 4, NUM_CLASSES),
     "encoder-norm-first": partial(FromEncoder, SIZE, 8, 32, 4, NUM_CLASSES, norm_first=True),
     "encoder-norm-last": partial(FromEncoder, SIZE, 8, 32, 4, NUM_CLASSES, norm_first=False),
 }
@@ -236,6 +237,17 @@ def _hand_written(model: Any) -> vitmix.Backbone:
     )
 
 
+def _from_trunk(model: Any) -> vitmix.Backbone:
+    return vitmix.describe(
+        model,
+        blocks=list(model.trunk.model.layer),
+        grid=_eighths,
+        embed_dim=32,
+        num_prefix_tokens=3,
+        vertical_reason="rotary position embedding",
+    )
+
+
 def _eighths(size: tuple[int, int]) -> tuple[int, int]:
     return size[0] // 8, size[1] // 8
 
@@ -247,6 +259,7 @@ def _from_encoder(model: Any) -> vitmix.Backbone:
 # Descriptions by hand, for models that vitmix does not know.
 BACKBONES: dict[str, Callable[[Any], vitmix.Backbone]] = {
     "hand-written": _hand_written,
+    "dinov3-trunk": _from_trunk,
     "encoder-norm-first": _from_encoder,
     "encoder-norm-last": _from_encoder,
 }
@@ -268,6 +281,7 @@ POSITION_BIASED = {
     "hf-beit",
     "hf-beit-eager",
     "hf-data2vec",
+    "dinov3-trunk",
 }
 
 

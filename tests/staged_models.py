@@ -67,11 +67,12 @@ def make_torchvision_maxvit(side: int = SIDE, partition: int = 4) -> nn.Module:
 
 
 def make_huggingface_swin(
-    version: str = "", side: int = SIDE, window: int = 4, attention: str = "sdpa"
+    name: str = "Swin", side: int = SIDE, window: int = 4, attention: str = "sdpa"
 ) -> Any:
-    import transformers
+    from transformers.models import donut, swin, swinv2
 
-    config = getattr(transformers, f"Swin{version}Config")(
+    module = {"Swin": swin, "Swinv2": swinv2, "DonutSwin": donut}[name]
+    config = getattr(module, f"{name}Config")(
         image_size=side,
         patch_size=4,
         embed_dim=16,
@@ -82,7 +83,7 @@ def make_huggingface_swin(
         num_labels=NUM_CLASSES,
         attn_implementation=attention,
     )
-    return getattr(transformers, f"Swin{version}ForImageClassification")(config)
+    return getattr(module, f"{name}ForImageClassification")(config)
 
 
 def make_huggingface_pyramid(name: str, attention: str = "eager", **options: Any) -> Any:
@@ -123,7 +124,8 @@ STAGED: dict[str, Staged] = {
     "hf-swin-eager": Staged(partial(make_huggingface_swin, attention="eager")),
     # 18, 9 and 5 tokens a side in windows of 5: padding, shifts and a window that covers its grid.
     "hf-swin-padded": Staged(partial(make_huggingface_swin, side=72, window=5), side=72),
-    "hf-swin-v2": Staged(partial(make_huggingface_swin, "v2", attention="eager")),
+    "hf-swin-v2": Staged(partial(make_huggingface_swin, "Swinv2", attention="eager")),
+    "hf-donut": Staged(partial(make_huggingface_swin, "DonutSwin", attention="eager")),
     "hf-pvt-v2": Staged(partial(make_huggingface_pyramid, "PvtV2")),
     # 15, 8 and 4 tokens a side: the last 3 of a row have no key in the first stage.
     "hf-pvt-v2-left-over": Staged(partial(make_huggingface_pyramid, "PvtV2"), side=58),

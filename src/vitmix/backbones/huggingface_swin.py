@@ -1,4 +1,4 @@
-"""Swin transformers of transformers (v1 and v2): attention within shifted windows."""
+"""Swin transformers of transformers (v1, v2 and Donut's): attention within shifted windows."""
 
 from __future__ import annotations
 
@@ -15,23 +15,26 @@ from vitmix.functional.reach import Reach, windows
 
 __all__ = ["LOOKS_FOR", "describe"]
 
-LOOKS_FOR = "transformers SwinForImageClassification or Swinv2ForImageClassification"
+# Module, trunk, and whether the norm works in front of the attention.
+_MODELS = {
+    "SwinForImageClassification": ("swin.modeling_swin", "swin", True),
+    "Swinv2ForImageClassification": ("swinv2.modeling_swinv2", "swinv2", False),
+    "DonutSwinForImageClassification": ("donut.modeling_donut_swin", "donut", True),
+}
+
+LOOKS_FOR = f"transformers {', '.join(_MODELS)}"
 
 
 def describe(model: nn.Module) -> Backbone | None:
     """Describe a Swin classifier of transformers; None if the model is something else."""
-    swin: Any = model
-    if is_made_by(model, "transformers.models.swin.modeling_swin", "SwinForImageClassification"):
-        with known_version("SwinForImageClassification"):
-            return _describe("SwinForImageClassification", swin, swin.swin, norm_first=True)
-    name = "Swinv2ForImageClassification"
-    if is_made_by(model, "transformers.models.swinv2.modeling_swinv2", name):
-        with known_version(name):
-            return _describe(name, swin, swin.swinv2, norm_first=False)
+    for name, (module, trunk, norm_first) in _MODELS.items():
+        if is_made_by(model, f"transformers.models.{module}", name):
+            with known_version(name):
+                return _describe(name, model, getattr(model, trunk), norm_first)
     return None
 
 
-def _describe(name: str, model: Any, trunk: Any, *, norm_first: bool) -> Backbone:
+def _describe(name: str, model: Any, trunk: Any, norm_first: bool) -> Backbone:
     require_readable(name, model.config)
     width = int(model.config.embed_dim)
     return Backbone(
