@@ -49,6 +49,12 @@ def make_hybrid() -> nn.Module:
     return make_timm("vision_transformer", "VisionTransformer", embed_layer=embed, patch_size=2)
 
 
+def make_parallel_attentions() -> nn.Module:
+    from timm.models.vision_transformer import ParallelThingsBlock
+
+    return make_timm("vision_transformer", "VisionTransformer", block_fn=ParallelThingsBlock)
+
+
 def make_huggingface(name: str, *, head: str = "", attention: str = "sdpa", **options: Any) -> Any:
     import transformers
 
@@ -126,6 +132,7 @@ def make_vit_pytorch_cct() -> nn.Module:
 
 MORE_FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "hybrid": make_hybrid,
+    "parallel-attentions": make_parallel_attentions,
     "naflex": partial(make_naflex, reg_tokens=1, global_pool="avg"),
     "naflex-rope": partial(make_naflex, rope_type="axial", global_pool="map"),
     "eva": partial(make_timm, "eva", "Eva"),

@@ -32,7 +32,9 @@ class CallRecorder:
         self.scores: torch.Tensor | None = None
         self._index: int | None = None
         self._inside = False
-        self._calls: dict[int, tuple[Any, ...]] = {}
+        self._calls: dict[int, list[tuple[Any, ...]]] = {}
+        self._maps: dict[int, list[torch.Tensor]] = {}
+        self._blocks = mixing.backbone.blocks
         self._multihead: dict[int, tuple[nn.MultiheadAttention, torch.Tensor]] = {}
         self._handles: list[Any] = []
         self._fused = F.scaled_dot_product_attention
@@ -43,7 +45,7 @@ class CallRecorder:
             inner = block.attention
             self._handles += [
                 inner.register_forward_pre_hook(lambda m, a, index=index: self._set(index)),
-                inner.register_forward_hook(lambda m, a, o: self._set(None)),
+                inner.register_forward_hook(lambda m, a, o: self._set(None), always_call=True),
             ]
             for part in block.module.modules():
                 if isinstance(part, nn.MultiheadAttention):
@@ -64,11 +66,20 @@ class CallRecorder:
         self._softmaxes.__exit__(None, None, None)
         for handle in self._handles:
             handle.remove()
-        for index, (query, key, mask, scale) in self._calls.items():
-            self.attention[index] = explicit(query, key, mask, scale)
+        maps = {index: [explicit(*call) for call in calls] for index, calls in self._calls.items()}
+        for index, found in {**self._maps, **maps}.items():
+            self.attention[index] = self._joined(index, found)
         with torch.no_grad():
             for index, (module, x) in self._multihead.items():
                 self.attention[index] = module(x, x, x, average_attn_weights=False)[1]
+
+    def _joined(self, index: int, maps: list[torch.Tensor]) -> torch.Tensor:
+        """The last maps of a block side by side, as if they were heads."""
+        count = self._blocks[index].attentions
+        if count == 1:
+            return maps[-1]
+        join = torch.cat if maps[0].ndim == 4 else torch.stack
+        return join(maps[-count:], 1)
 
     def _set(self, index: int | None) -> None:
         self._index = index
@@ -79,7 +90,7 @@ class CallRecorder:
         assert not args
         call = (query.detach(), key.detach(), options.get("attn_mask"), options.get("scale"))
         if self._index is not None:
-            self._calls[self._index] = call
+            self._calls.setdefault(self._index, []).append(call)
         elif query.shape[-2] == 1:
             self.rows.append(explicit(*call))
             self.pool = self.rows[-1].mean(1)[:, 0]
@@ -90,8 +101,10 @@ class CallRecorder:
             self._inside = False
 
     def _on_softmax(self, result: torch.Tensor) -> None:
+        if self._inside:
+            return
         if self._index is not None and result.ndim >= 3:
-            self.attention[self._index] = result.detach()
+            self._maps.setdefault(self._index, []).append(result.detach())
         elif self._index is None and result.ndim == 4 and result.shape[2] == 1:
             self.rows.append(result.detach())
 

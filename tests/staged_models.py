@@ -14,6 +14,7 @@ from torch import nn
 
 from models import NUM_CLASSES
 from staged import SIDE, Staged
+from timm_hybrids import HYBRIDS
 from timm_pyramids import PYRAMIDS
 
 
@@ -133,6 +134,7 @@ STAGED: dict[str, Staged] = {
     "hf-segformer-eager": Staged(partial(make_huggingface_pyramid, "Segformer")),
     "torchvision-maxvit": Staged(make_torchvision_maxvit),
     **PYRAMIDS,
+    **HYBRIDS,
 }
 
 

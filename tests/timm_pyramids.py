@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
 from typing import Any
 
@@ -12,11 +13,8 @@ from staged import SIDE, Staged
 
 
 def make_timm(module: str, name: str, **options: Any) -> nn.Module:
-    import timm
-
-    made: nn.Module = getattr(getattr(timm.models, module), name)(
-        num_classes=NUM_CLASSES, **options
-    )
+    kind = getattr(importlib.import_module(f"timm.models.{module}"), name)
+    made: nn.Module = kind(num_classes=NUM_CLASSES, **options)
     return made
 
 

@@ -200,10 +200,15 @@ class Flow:
         layout = self.backbone.blocks[index].layout
         batch, prefix = len(self.targets), self.backbone.num_prefix_tokens
         rows, columns = self._grid
-        places = {"tokens": (1,), "channels_last": (1, 2), "channels_first": (2, 3)}[layout]
-        sides = (prefix + rows * columns,) if layout == "tokens" else self._grid
-        fits = given.ndim == 2 + len(places) and len(given) == batch
-        if not fits or tuple(given.shape[place] for place in places) != sides:
+        maps = {"channels_last": (1, 2), "channels_first": (2, 3)}
+        if layout in maps:
+            fits = (
+                given.ndim == 4 and tuple(given.shape[side] for side in maps[layout]) == self._grid
+            )
+        else:
+            ndim = 3 if layout == "tokens" else 4
+            fits = given.ndim == ndim and given.shape[1:-1].numel() == prefix + rows * columns
+        if not fits or len(given) != batch:
             raise UnsupportedModelError(
                 f"looked for {batch} samples of {rows} x {columns} tokens behind {prefix} prefix "
                 f"tokens at block {index} of {self.backbone.family} ({layout}), found "
@@ -461,6 +466,7 @@ class Flow:
             return
         self._pools += 1
         weights = wide(attention.detach()).mean(1)[:, 0]
+        weights = weights / weights.sum(1, keepdim=True)
         shares = self.mixture.shares
         if self.backbone.pooling == "class_attention":
             # The class token begins as the mean of all, and sees itself in front of the others.

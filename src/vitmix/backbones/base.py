@@ -26,7 +26,7 @@ __all__ = [
     "is_made_by",
 ]
 
-Layout = Literal["tokens", "channels_last", "channels_first"]
+Layout = Literal["tokens", "windows", "channels_last", "channels_first"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 Pooling = Literal[
@@ -71,8 +71,10 @@ class Block:
         entry: the module inside whose input becomes queries, keys and values (the norm before the
             attention, or the attention itself). Works token by token up to the attention.
         attention: the attention module, whose result is one token for each of its input.
-        layout: how the block is given its tokens: ``"tokens"`` (B, T, D), ``"channels_last"``
-            (B, h, w, D) or ``"channels_first"`` (B, D, h, w).
+        layout: how the block is given its tokens: ``"tokens"`` (B, T, D), ``"windows"``
+            (B, W, M, D), ``"channels_last"`` (B, h, w, D) or ``"channels_first"`` (B, D, h, w).
+        order: ``(T,)`` which token of the grid, counted row by row, is at each place of the
+            sequence; None if they are in order.
         stride: sides of the first block's token grid over those of this one's.
         width: channels D of a token, or None for ``embed_dim`` of the backbone.
         reach: which tokens attend to which, as a :class:`vitmix.functional.Reach` for a token grid,
@@ -90,6 +92,7 @@ class Block:
     entry: nn.Module
     attention: nn.Module
     layout: Layout = "tokens"
+    order: Tensor | None = None
     stride: int = 1
     width: int | None = None
     reach: Callable[[Grid], Reach] | None = None
@@ -119,19 +122,19 @@ class Block:
 
     def flatten(self, tokens: Tensor) -> Tensor:
         """Tokens in the block's layout as ``(B, T, D)``."""
-        if self.layout == "channels_last":
-            return tokens.flatten(1, 2)
         if self.layout == "channels_first":
             return tokens.flatten(2).transpose(1, 2)
-        return tokens
+        if self.layout != "tokens":
+            tokens = tokens.flatten(1, 2)
+        return tokens if self.order is None else tokens[:, self.order.argsort()]
 
     def restore(self, flat: Tensor, like: Tensor) -> Tensor:
         """Tokens ``(B, T, D)`` in the block's layout, with the sizes of ``like``."""
-        if self.layout == "channels_last":
-            return flat.reshape(like.shape)
         if self.layout == "channels_first":
             return flat.transpose(1, 2).reshape(like.shape)
-        return flat
+        if self.order is not None:
+            flat = flat[:, self.order]
+        return flat if self.layout == "tokens" else flat.reshape(like.shape)
 
 
 @dataclass(frozen=True, repr=False)

@@ -19,11 +19,13 @@ __all__ = [
     "MAPPED",
     "REDUCED",
     "WINDOWED",
+    "Located",
     "StagedFamily",
     "Stages",
     "attends",
     "average_reason",
     "describe_staged",
+    "in_stages",
     "in_windows",
     "recomputes_of",
     "reduce_by",
@@ -42,11 +44,35 @@ BIASED = "a position bias in attention: a token that is put behind the others ha
 MAPPED = "tokens laid out as a map: there is no place behind the others"
 
 Stages = Iterable[tuple[nn.Module, int]]
+Located = Iterable[tuple[Block, int]]
 
 
 def stages_of(model: Any) -> Stages:
     """Stages of a timm model, each with the pixels that a side of its tokens stands for."""
     return [(model.get_submodule(info["module"]), info["reduction"]) for info in model.feature_info]
+
+
+def in_stages(
+    block: Callable[[Any], Block | None], stages: Callable[[Any], Stages] = stages_of
+) -> Callable[[Any], Located]:
+    """What finds the blocks of a model.
+
+    Args:
+        block: the block that a module is, with ``stride`` of its own queries; None if it is none.
+        stages: stages of a model, each with the pixels that a side of its tokens stands for.
+    """
+    return partial(_in_stages, block, stages)
+
+
+def _in_stages(
+    describe: Callable[[Any], Block | None], stages: Callable[[Any], Stages], model: Any
+) -> Located:
+    return [
+        (block, pixels)
+        for stage, pixels in stages(model)
+        for block in map(describe, stage.modules())
+        if block is not None
+    ]
 
 
 @dataclass(frozen=True)
@@ -55,17 +81,21 @@ class StagedFamily:
 
     Attributes:
         module: where the class is defined.
-        block: the block that a module is, with ``stride`` of its own queries; None if it is none.
+        blocks: blocks of a model in order, with ``stride`` of their own queries, each with the
+            pixels that a side of a token that comes out stands for.
         vertical: why a block cannot attend to more tokens than its own, or None if it can.
-        stages: stages of a model, each with the pixels that a side of its tokens stands for.
         grid: token grid of an input size; the pixels divided, rounded up, by default.
+        class_layers: name of the layers behind the blocks in which a class token attends to the
+            others, if there are any.
+        aligned: why shares cannot be followed to the output of a model, or None if they can.
     """
 
     module: str
-    block: Callable[[Any], Block | None]
+    blocks: Callable[[Any], Located]
     vertical: Reason
-    stages: Callable[[Any], Stages] = stages_of
     grid: Callable[[Any], Callable[[tuple[int, int]], Grid]] | None = None
+    class_layers: str | None = None
+    aligned: Callable[[Any], Reason] | None = None
 
 
 def describe_staged(families: Mapping[str, StagedFamily], model: nn.Module) -> Backbone | None:
@@ -82,9 +112,14 @@ def describe_staged(families: Mapping[str, StagedFamily], model: nn.Module) -> B
 
 def _describe(family: StagedFamily, model: Any) -> Backbone:
     name = f"timm {type(model).__name__}"
-    blocks, pixels = _blocks(name, family.stages(model), family.block)
-    prefix = int(getattr(model, "num_prefix_tokens", getattr(model, "num_tokens", 0)))
-    pooling, reason = _pooling(model)
+    blocks, pixels = _blocks(name, family.blocks(model))
+    prefix, pooling, reason, layers = 0, *_pooling(model), 0
+    if family.class_layers is None:
+        prefix = int(getattr(model, "num_prefix_tokens", getattr(model, "num_tokens", 0)))
+    elif pooling == "class_token":
+        pooling, layers = "class_attention", len(getattr(model, family.class_layers))
+    if reason is None and family.aligned is not None:
+        reason = family.aligned(model)
     return Backbone(
         family=name,
         blocks=blocks,
@@ -93,32 +128,29 @@ def _describe(family: StagedFamily, model: Any) -> Backbone:
         class_token=prefix > 0,
         pooling=pooling,
         grid=partial(reduce_by, stride=pixels) if family.grid is None else family.grid(model),
+        class_layers=layers,
         recomputes=recomputes_of(model),
         alignment_reason=reason,
         vertical_reason=family.vertical,
     )
 
 
-def _blocks(
-    name: str, stages: Stages, describe: Callable[[Any], Block | None]
-) -> tuple[tuple[Block, ...], int]:
-    """Blocks, and the pixels that a side of a token stands for at the first of them."""
-    found = [
-        (pixels // block.stride, block)
-        for stage, pixels in stages
-        for block in map(describe, stage.modules())
-        if block is not None
-    ]
+def _blocks(name: str, located: Located) -> tuple[tuple[Block, ...], int]:
+    """Blocks, and the pixels that a side of a token stands for in front of the first."""
+    found = [(block, pixels // block.stride) for block, pixels in located]
     if not found:
         raise UnsupportedModelError(
-            f"looked for attention between tokens in {name}, found none. The model was not changed."
+            f"looked for attention between tokens in the stages of {name}, found none. "
+            "The model was not changed."
         )
-    first = found[0][0]
-    return tuple(replace(block, stride=pixels // first) for pixels, block in found), first
+    first = found[0][1]
+    return tuple(replace(block, stride=pixels // first) for block, pixels in found), first
 
 
 def _pooling(model: Any) -> tuple[Pooling, Reason]:
-    pool = getattr(model.head, "global_pool", None) or model.global_pool
+    pool = getattr(model, "global_pool", None)
+    if pool is None:
+        pool = getattr(model.head, "global_pool", None) or model.head.pool_type
     kind = getattr(pool, "pool_type", pool)
     if kind == "token":
         return ("distilled" if getattr(model, "head_dist", None) else "class_token"), None
@@ -139,18 +171,18 @@ def attends(
     layout: Layout = "tokens",
     reach: Callable[[Grid], Reach] | None = None,
     *,
-    stride: int = 1,
+    width: int | None = None,
     **options: Any,
 ) -> Block:
     """A block, by the names of its parts.
 
     Args:
         module: the block.
-        entry: its layer inside whose input becomes queries, keys and values; it has channels.
+        entry: its layer inside whose input becomes queries, keys and values.
         attention: its attention.
         layout: see :class:`vitmix.Block`.
         reach: see :class:`vitmix.Block`.
-        stride: of its queries.
+        width: channels of a token; those of ``entry`` by default.
         options: see :class:`vitmix.Block`.
     """
     layer = module.get_submodule(entry)
@@ -159,8 +191,7 @@ def attends(
         entry=layer,
         attention=module.get_submodule(attention),
         layout=layout,
-        stride=stride,
-        width=_width(layer),
+        width=_width(layer) if width is None else width,
         reach=reach,
         **options,
     )
@@ -177,12 +208,13 @@ def reduce_by(grid: Grid, stride: int) -> Grid:
     return -(-grid[0] // stride), -(-grid[1] // stride)
 
 
-def to_reduced(keys: int, queries: int, grid: Grid) -> Reach:
+def to_reduced(keys: int, queries: int, grid: Grid, *, restored: bool = False) -> Reach:
     """Keys and queries merged by these strides."""
     return Reach(
         grid,
         keys=reduce_by(grid, keys) if keys > 1 else None,
         queries=reduce_by(grid, queries) if queries > 1 else None,
+        restored=restored,
     )
 
 

@@ -12,7 +12,14 @@ from typing import Any
 from torch import nn
 
 from vitmix.backbones.base import Backbone, Block
-from vitmix.backbones.staged import MAPPED, StagedFamily, attends, describe_staged, to_reduced
+from vitmix.backbones.staged import (
+    MAPPED,
+    StagedFamily,
+    attends,
+    describe_staged,
+    in_stages,
+    to_reduced,
+)
 from vitmix.errors import UnsupportedModelError
 from vitmix.functional.grids import Grid
 from vitmix.functional.reach import Reach, windows
@@ -52,4 +59,4 @@ def _partition(block: Any, grid: Grid) -> Reach:
     return Reach(grid, windows=windows(grid, size, dilated=not block.partition_block))
 
 
-_FAMILIES = {"MaxxVit": StagedFamily("timm.models.maxxvit", _block, MAPPED)}
+_FAMILIES = {"MaxxVit": StagedFamily("timm.models.maxxvit", in_stages(_block), MAPPED)}

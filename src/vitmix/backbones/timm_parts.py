@@ -18,12 +18,12 @@ ROTARY = (
 # Blocks whose norm works in front of the attention, behind it, or is fused with more of the block.
 _NORM_FIRST = ("Block", "EvaBlock", "RelPosBlock", "DeepseekVitBlock", "Gemma4Block")
 _NORM_LAST = ("ResPostBlock", "EvaBlockPostNorm", "ResPostRelPosBlock")
-_WHOLE = ("ParallelScalingBlock",)
+_WHOLE = ("ParallelScalingBlock", "ParallelThingsBlock")
 _POOLING: dict[str, Pooling] = {"token": "class_token", "avg": "average"}
 
 
 def blocks_of(family: str, blocks: Any) -> tuple[Block, ...]:
-    """Blocks with one softmax attention each.
+    """Blocks with softmax attention.
 
     Raises:
         UnsupportedModelError: a block of another kind.
@@ -34,20 +34,21 @@ def blocks_of(family: str, blocks: Any) -> tuple[Block, ...]:
 def _block(family: str, index: int, block: Any) -> Block:
     kind = type(block).__name__
     attention = type(getattr(block, "attn", None)).__name__
-    if attention == "DiffAttention":
+    if attention == "DiffAttention" or kind == "DiffParallelScalingBlock":
         raise UnsupportedModelError(
             f"looked for one softmax attention a block in {family}, found the difference of two "
-            f"(DiffAttention) at block {index}. The model was not changed."
+            f"(differential attention) at block {index}. The model was not changed."
         )
     if kind in _NORM_FIRST:
         return Block(module=block, entry=block.norm1, attention=block.attn)
     if kind in _NORM_LAST:
         return Block(module=block, entry=block.attn, attention=block.attn)
     if kind in _WHOLE:
-        return Block(module=block, entry=block, attention=block)
+        attentions = len(block.attns) if kind == "ParallelThingsBlock" else 1
+        return Block(module=block, entry=block, attention=block, attentions=attentions)
     known = ", ".join((*_NORM_FIRST, *_NORM_LAST, *_WHOLE))
     raise UnsupportedModelError(
-        f"looked for blocks with one attention each ({known}) in {family}, found {kind} "
+        f"looked for blocks of a known kind ({known}) in {family}, found {kind} "
         f"at block {index}. The model was not changed."
     )
 

@@ -2,6 +2,8 @@
 
 PiT and CaFormer attend globally, LeViT and MViT to merged queries or keys, PVT v2 to reduced keys,
 Twins and SAM's encoder by turns within windows and globally; Visformer attends in its later stages.
+In CaiT and VOLO a class token joins behind the blocks. CaiT mixes the maps of its heads behind the
+softmax, which shares follow before. VOLO's outlook attention is local, and counts as a convolution.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from vitmix.backbones.base import Backbone, Block, Layout
+from vitmix.backbones.base import Backbone, Block, Layout, Reason
 from vitmix.backbones.staged import (
     BIASED,
     MAPPED,
@@ -21,6 +23,7 @@ from vitmix.backbones.staged import (
     Stages,
     attends,
     describe_staged,
+    in_stages,
     in_windows,
     to_reduced,
 )
@@ -149,18 +152,50 @@ def _sam(module: Any) -> Block | None:
     return attends(module, layout="channels_last", reach=reach, heads=heads)
 
 
+def _cait(module: Any) -> Block | None:
+    return attends(module) if type(module).__name__ == "LayerScaleBlock" else None
+
+
+def _volo(module: Any) -> Block | None:
+    if type(module).__name__ != "Transformer":
+        return None
+    return attends(module, layout="channels_last")
+
+
+def _volo_reason(model: Any) -> Reason:
+    if model.aux_head is not None:
+        return "an auxiliary head's maximum over tokens; create the model with use_aux_head=False"
+    if model.global_pool != "token":
+        return "an average of the class token and the others; use global_pool='token'"
+    return None
+
+
 _FAMILIES = {
     "PoolingVisionTransformer": StagedFamily(
-        "timm.models.pit", _pit, vertical=None, grid=_convolution_grid
+        "timm.models.pit", in_stages(_pit), None, grid=_convolution_grid
     ),
-    "Levit": StagedFamily("timm.models.levit", _levit, BIASED),
-    "PyramidVisionTransformerV2": StagedFamily("timm.models.pvt_v2", _pvt, REDUCED),
-    "Twins": StagedFamily("timm.models.twins", _twins, REDUCED, partial(_stages_in, "blocks")),
+    "Levit": StagedFamily("timm.models.levit", in_stages(_levit), BIASED),
+    "PyramidVisionTransformerV2": StagedFamily("timm.models.pvt_v2", in_stages(_pvt), REDUCED),
+    "Twins": StagedFamily(
+        "timm.models.twins", in_stages(_twins, partial(_stages_in, "blocks")), REDUCED
+    ),
     "MultiScaleVit": StagedFamily(
-        "timm.models.mvitv2", _mvit, REDUCED, partial(_stages_in, "stages")
+        "timm.models.mvitv2", in_stages(_mvit, partial(_stages_in, "stages")), REDUCED
     ),
-    "Visformer": StagedFamily("timm.models.visformer", _visformer, MAPPED),
-    "MetaFormer": StagedFamily("timm.models.metaformer", _metaformer, vertical=None),
-    "VisionTransformerSAM": StagedFamily("timm.models.vision_transformer_sam", _sam, WINDOWED),
+    "Visformer": StagedFamily("timm.models.visformer", in_stages(_visformer), MAPPED),
+    "MetaFormer": StagedFamily("timm.models.metaformer", in_stages(_metaformer), None),
+    "VisionTransformerSAM": StagedFamily(
+        "timm.models.vision_transformer_sam", in_stages(_sam), WINDOWED
+    ),
+    "Cait": StagedFamily(
+        "timm.models.cait", in_stages(_cait), None, class_layers="blocks_token_only"
+    ),
+    "VOLO": StagedFamily(
+        "timm.models.volo",
+        in_stages(_volo),
+        MAPPED,
+        class_layers="post_network",
+        aligned=_volo_reason,
+    ),
 }
 LOOKS_FOR = f"timm {', '.join(_FAMILIES)}"

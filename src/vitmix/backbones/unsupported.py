@@ -6,32 +6,34 @@ from torch import nn
 
 __all__ = ["explain"]
 
-_WINDOWS = "attention within windows"
-_STAGES = "stages of different token grids"
+_CHANNELS = "attention between channels, which moves no token"
+_STATE = "tokens mixed through a hidden state, which has no map of tokens by tokens"
+_ENCODER = "an encoder without a classifier"
 _REASONS = {
-    "Cait": "talking heads, which mix attention maps behind the softmax",
     "CoaT": "factorised attention, which has no map of tokens by tokens",
     "ConVit": "gated positional attention, a blend of two attention maps a block",
     "CrossVit": "two sequences of tokens of different patch sizes",
     "CvtForImageClassification": "a class token that joins in the last stage",
-    "DaViT": f"{_WINDOWS} and between channels",
+    "DeepseekVitEncoder": _ENCODER,
     "DinatForImageClassification": "attention to neighbours",
-    "EfficientVitMsra": f"{_WINDOWS} and {_STAGES}",
-    "GlobalContextVit": f"{_WINDOWS} and {_STAGES}",
-    "Hiera": f"{_WINDOWS} and {_STAGES}",
-    "HieraDet": f"{_WINDOWS} and {_STAGES}",
-    "HieraForImageClassification": f"{_WINDOWS} and {_STAGES}",
+    "EdgeNeXt": _CHANNELS,
+    "EfficientViM": _STATE,
+    "EfficientViMDistilled": _STATE,
+    "Gemma4VitEncoder": _ENCODER,
+    "HieraForImageClassification": "windows of tokens in an order of their own",
     "ImageGPTForImageClassification": "tokens of colours, each of which sees those before it alone",
-    "LevitForImageClassification": _STAGES,
+    "LevitForImageClassification": "stages of different token grids",
+    "MobileNetV5": "features of several stages, joined behind the last",
+    "MobileNetV5Encoder": _ENCODER,
     "MobileViTForImageClassification": "attention between pixels at the same place of patches",
     "MobileViTV2ForImageClassification": "separable attention, which has no map of tokens",
-    "Nest": f"{_WINDOWS} and {_STAGES}",
     "PvtForImageClassification": "a class token that joins in the last stage",
+    "Qwen3VitEncoder": _ENCODER,
+    "ResNet": "attention between channels at most, which moves no token",
     "Siglip2ForImageClassification": "images that come as rows of patches",
     "SwiftFormerForImageClassification": "additive attention, which has no map of tokens by tokens",
     "TNT": "an inner transformer of pixels in each block",
-    "VOLO": "outlook attention and a class token that joins behind the blocks",
-    "Xcit": "attention between channels, which moves no token",
+    "Xcit": _CHANNELS,
 }
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vitmix.functional.grids import Grid, coarsen, refine, spread
 
-__all__ = ["Reach", "windows"]
+__all__ = ["Reach", "halos", "windows"]
 
 
 @lru_cache(maxsize=256)
@@ -68,6 +68,29 @@ def windows(
     return cut.reshape(-1, window[0] * window[1])
 
 
+@lru_cache(maxsize=256)
+def halos(grid: Grid, window: int, halo: int) -> Tensor:
+    """Square windows that reach into their neighbours.
+
+    Args:
+        grid: rows and columns of tokens, multiples of the window.
+        window: rows and columns of a window.
+        halo: rows and columns that are added on each side.
+
+    Returns:
+        ``(W, M)`` as :func:`windows` does.
+
+    Example:
+        >>> halos((1, 2), 1, 1)
+        tensor([[2, 2, 2, 2, 0, 1, 2, 2, 2],
+                [2, 2, 2, 0, 1, 2, 2, 2, 2]])
+    """
+    padding = grid[0] * grid[1]
+    numbers = F.pad(torch.arange(padding).view(grid), [halo] * 4, value=padding)
+    size = window + 2 * halo
+    return numbers.unfold(0, size, window).unfold(1, size, window).reshape(-1, size * size)
+
+
 @dataclass(frozen=True)
 class Reach:
     """Which tokens the queries of one attention see.
@@ -83,6 +106,7 @@ class Reach:
         restored: whether what comes out of a reduced query goes to all tokens that it stands for.
         cell: rows and columns of tokens that a reduced key stands for, where tokens that don't fill
             one are left out; None if the sizes of both grids say it.
+        flat_keys: whether keys are reduced along the tokens row by row: ``(1, h w)`` is their grid.
     """
 
     grid: Grid
@@ -93,6 +117,7 @@ class Reach:
     query_windows: Tensor | None = None
     restored: bool = False
     cell: Grid | None = None
+    flat_keys: bool = False
 
     @property
     def kind(self) -> str:
@@ -140,13 +165,20 @@ class Reach:
             return F.pad(shares, (0, 0, 0, 1))[:, index].flatten(0, 1)
         if self.keys is None:
             return shares
-        return self._coarsened(shares, self.keys, self.cell)
+        return coarsen(
+            shares,
+            self._key_source,
+            self.keys,
+            num_prefix_tokens=self.num_prefix_tokens,
+            cell=self.cell,
+        )
 
     def own_shares(self, shares: Tensor) -> Tensor:
         """Shares that the residual connection carries past the attention, ``(B, T', K)``."""
-        return (
-            shares if self.result_grid == self.grid else self._coarsened(shares, self._query_grid)
-        )
+        if self.result_grid == self.grid:
+            return shares
+        prefix = self.num_prefix_tokens
+        return coarsen(shares, self.grid, self._query_grid, num_prefix_tokens=prefix)
 
     def merged(self, attended: Tensor) -> Tensor:
         """From the batch of the attention call back to tokens.
@@ -192,11 +224,11 @@ class Reach:
             return tokens.index_add(1, table, places)[:, :-1]
         if self.keys is None:
             return saliency
-        return spread(saliency, self.keys, self.grid, cell=self.cell)
+        return spread(saliency, self.keys, self._key_source, cell=self.cell)
 
-    def _coarsened(self, shares: Tensor, grid: Grid, cell: Grid | None = None) -> Tensor:
-        prefix = self.num_prefix_tokens
-        return coarsen(shares, self.grid, grid, num_prefix_tokens=prefix, cell=cell)
+    @property
+    def _key_source(self) -> Grid:
+        return (1, self.grid[0] * self.grid[1]) if self.flat_keys else self.grid
 
 
 def _places(table: Tensor, grid: Grid) -> Tensor:
