@@ -1,6 +1,7 @@
 # make demo    install, compare five methods on the embedded data set, write demo/report.html
 # make test    install, run the tests
 # make check   install, lint and check types
+# make contract  install, test every family under training machinery, write docs/contract.md
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ JOBS ?= 2
 # Threads that wait should not spin: on shared cores that takes several times as long.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test check format clean
+.PHONY: demo test check contract format clean
 
 demo: $(VENV)/.train
 	$(BIN)/vitmix demo
@@ -21,6 +22,11 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+contract: $(VENV)/.dev
+	rm -f docs/contract.md
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --contract-table docs/contract.md \
+		tests/test_contract.py tests/test_distributed.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ NUM_CLASSES = 7
 SIZE = 32
 
 
-def make_cct(**options: float) -> nn.Module:
+def make_cct(**options: Any) -> nn.Module:
     arguments = {"num_layers": 4, "attention_dropout": 0.0, "stochastic_depth": 0.0, **options}
     return CCT(
         num_heads=2,
@@ -70,7 +71,9 @@ def make_parallel() -> nn.Module:
 
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "cct": make_cct,
+    "cct-no-positions": lambda: make_cct(positional_embedding="none"),
     "vit": make_vit,
+    "vit-dynamic-size": lambda: make_vit(dynamic_img_size=True),
     "vit-average": lambda: make_vit(global_pool="avg"),
     "vit-average-all": lambda: make_vit(global_pool="avg", pool_include_prefix=True),
     "vit-no-class-token": lambda: make_vit(class_token=False, global_pool="avg"),

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import vitmix
+from contract import horizontal
 from models import NUM_CLASSES, batch
 from more_models import MORE_FAMILIES, POSITION_BIASED, make_family, unsettle
 from recorders import CallRecorder
 from test_alignment_models import PIXELS, Recorder, brute_force
-from test_mixing import horizontal
 
 pytest.importorskip("timm")
 pytest.importorskip("transformers")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import vitmix
+from contract import METHODS, hooks
 from models import NUM_CLASSES, batch, make_vit
-from test_mixing import METHODS, hooks
 
 pytest.importorskip("timm")
 

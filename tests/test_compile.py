@@ -15,9 +15,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import staged_models
 import vitmix
+from contract import hooks, horizontal
 from models import NUM_CLASSES, batch, make_cct, make_vit
 from more_models import make_huggingface, make_torchvision
-from test_mixing import hooks, horizontal
 
 pytest.importorskip("timm")
 pytest.importorskip("transformers")

@@ -1,12 +1,9 @@
-"""The contract of ``MixingModel`` over all plain families."""
+"""What mixing leaves alone in all plain families. See also `test_contract`."""
 
 from __future__ import annotations
 
 import copy
-import itertools
-import pickle
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,74 +11,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitmix
-from models import NUM_CLASSES, batch
-from more_models import MORE_FAMILIES, POSITION_BIASED, logits_of, make_family, unsettle
-from test_mixing import METHODS, hooks, horizontal
+from contract import hooks, make
+from models import batch
+from more_models import MORE_FAMILIES, logits_of, unsettle
 
 pytest.importorskip("timm")
 pytest.importorskip("transformers")
 pytest.importorskip("torchvision")
-
-
-def all_but_vertical() -> dict[str, Any]:
-    return {
-        "mix": vitmix.OneOf([vitmix.Mixup(), vitmix.TokenMix()], draw="element"),
-        "labels": vitmix.TokenAlignedLabels(),
-        "tokens": [horizontal(), vitmix.ManifoldMixup(block=3)],
-    }
-
-
-CONTRACT: dict[str, Callable[[], dict[str, Any]]] = {
-    name: METHODS[name] for name in ("tl-align", "transmix", "horizontal", "vertical", "everything")
-} | {"all-but-vertical": all_but_vertical}
-WITH_VERTICAL = ("vertical", "everything")
-ALL = [
-    (family, method)
-    for family, method in itertools.product(MORE_FAMILIES, CONTRACT)
-    if not (family in POSITION_BIASED and method in WITH_VERTICAL)
-    and not (family not in POSITION_BIASED and method == "all-but-vertical")
-]
-
-
-def make(family: str, method: str) -> vitmix.MixingModel:
-    torch.manual_seed(0)
-    model, options = make_family(family)
-    return vitmix.MixingModel(
-        model,
-        num_classes=NUM_CLASSES,
-        label_smoothing=0.1,
-        generator=torch.Generator().manual_seed(0),
-        **options,
-        **CONTRACT[method](),
-    )
-
-
-@pytest.mark.parametrize(("family", "method"), ALL)
-def test_step(family: str, method: str) -> None:
-    """A step gives labels that sum to 1, gradients everywhere, and leaves no trace."""
-    mixing = make(family, method)
-    plain = MORE_FAMILIES[family]()
-    plain.load_state_dict(mixing.model.state_dict())
-    images, targets = batch()
-    before = logits_of(plain.eval()(images))
-    assert torch.equal(logits_of(mixing.eval()(images)), before)
-
-    out = mixing.train()(images, targets)
-    plain_output = plain.train()(images)
-    assert type(out.output) is type(plain_output)
-    assert logits_of(out.output) is out.logits
-    torch.testing.assert_close(out.targets.sum(1), torch.ones(len(images)))
-    assert (out.targets >= 0).all()
-    out.loss().backward()
-    logits_of(plain_output).sum().backward()
-    unused = {f"model.{name}" for name, value in plain.named_parameters() if value.grad is None}
-    for name, parameter in mixing.named_parameters():
-        assert (parameter.grad is None) == (name in unused), name
-        assert name in unused or parameter.grad.isfinite().all(), name
-
-    assert hooks(mixing.model) == 0
-    assert torch.equal(logits_of(mixing.eval()(images)), before)
-    assert list(mixing.model.state_dict()) == list(plain.state_dict())
 
 
 @pytest.mark.parametrize("family", MORE_FAMILIES)
@@ -137,93 +73,6 @@ def test_fused_attention_stays_on(family: str) -> None:
     plain.counts["_softmax"] += pools
     assert mixed.counts.pop("square", 0) <= plain.counts.pop("square", 0)
     assert mixed.counts == plain.counts
-
-
-@pytest.mark.parametrize("family", MORE_FAMILIES)
-def test_bfloat16_autocast(family: str) -> None:
-    mixing = make(family, "all-but-vertical" if family in POSITION_BIASED else "everything")
-    images, targets = batch()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = mixing.train()(images, targets)
-        loss = out.loss()
-    assert out.targets.dtype == torch.float32
-    torch.testing.assert_close(out.targets.sum(1), torch.ones(len(images)))
-    loss.backward()
-    assert loss.isfinite()
-
-
-@pytest.mark.parametrize("family", ["naflex", "naflex-rope", "deepseek", "gemma4", "hf-dinov2"])
-def test_sizes_that_change(family: str) -> None:
-    mixing = make(family, "all-but-vertical").train()
-    for size in ((48, 32), (32, 64)):
-        images = torch.randn(4, 3, *size)
-        out = mixing(images, torch.tensor([0, 1, 2, 3]))
-        assert out.trace.horizontal[1].replace.shape == (4, size[0] * size[1] // 64)
-        out.loss().backward()
-
-
-@pytest.mark.parametrize("family", MORE_FAMILIES)
-def test_same_draws_same_step(family: str) -> None:
-    """Copies, pickles and the original do the same from the same generator state."""
-    method = "all-but-vertical" if family in POSITION_BIASED else "everything"
-    mixing = make(family, method).train()
-    images, targets = batch(5)
-    copies = [copy.deepcopy(mixing), pickle.loads(pickle.dumps(mixing))]
-    torch.manual_seed(1)
-    expected = mixing(images, targets)
-    for other in copies:
-        torch.manual_seed(1)
-        out = other(images, targets)
-        assert torch.equal(out.logits, expected.logits)
-        assert torch.equal(out.targets, expected.targets)
-
-
-@pytest.mark.parametrize("family", sorted(POSITION_BIASED))
-@pytest.mark.parametrize("method", WITH_VERTICAL)
-def test_vertical_mixing_is_refused_with_positions(family: str, method: str) -> None:
-    with pytest.raises(vitmix.UnsupportedModelError, match=r"found (rotary|relative) position"):
-        make(family, method)
-
-
-def test_rollout_is_refused_where_blocks_are_given_more_than_tokens() -> None:
-    model, _ = make_family("eva-mixed-rope")
-    mixing = vitmix.MixingModel(
-        model, tokens=[horizontal(saliency="rollout")], num_classes=NUM_CLASSES
-    )
-    with pytest.raises(vitmix.UnsupportedModelError, match="further tensors"):
-        mixing.train()(*batch())
-    assert hooks(model) == 0
-
-
-CHECKPOINTED = {
-    "eva-grouped": "all-but-vertical",
-    "hf-beit": "all-but-vertical",
-    "hf-data2vec-eager": "everything",
-    "hf-clip": "everything",
-    "hf-dinov2": "everything",
-    "hf-vit": "everything",
-    "naflex": "everything",
-}
-
-
-@pytest.mark.parametrize("family", CHECKPOINTED)
-def test_gradient_checkpointing(family: str) -> None:
-    """Gradients equal those without; transformers runs a layer again inside its hooks."""
-    found = []
-    for checkpointed in (False, True):
-        mixing = make(family, CHECKPOINTED[family]).train()
-        model: Any = mixing.model
-        if checkpointed and hasattr(model, "set_grad_checkpointing"):
-            model.set_grad_checkpointing()
-        elif checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        assert mixing.backbone.recomputes() is checkpointed
-        torch.manual_seed(1)
-        mixing(*batch()).loss().backward()
-        assert hooks(model) == 0
-        found.append([p.grad for p in mixing.parameters() if p.grad is not None])
-    for expected, observed in zip(*found, strict=True):
-        torch.testing.assert_close(observed, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_reentrant_checkpointing_is_refused() -> None:

@@ -1,11 +1,8 @@
-"""The contract of ``MixingModel``: method by family."""
+"""``MixingModel``: what its stages do, what it says, what it refuses. See also `test_contract`."""
 
 from __future__ import annotations
 
-import copy
-import itertools
 import math
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -14,102 +11,10 @@ import torch
 from torch import nn
 
 import vitmix
+from contract import METHODS, hooks, horizontal, make
 from models import FAMILIES, NUM_CLASSES, batch, make_cct, make_vit
 
 pytest.importorskip("timm")
-
-
-def horizontal(**options: Any) -> vitmix.HorizontalTokenMixup:
-    return vitmix.HorizontalTokenMixup(**{"block": 1, "tau": math.inf, "rho": 1e-4, **options})
-
-
-METHODS: dict[str, Callable[[], dict[str, Any]]] = {
-    "none": dict,
-    "mixup": lambda: {"mix": vitmix.Mixup(0.8)},
-    "cutmix": lambda: {"mix": vitmix.CutMix()},
-    "tokenmix": lambda: {"mix": vitmix.TokenMix()},
-    "tokenmix-teacher": lambda: {
-        "mix": vitmix.TokenMix(),
-        "labels": vitmix.TeacherLabels(make_cct()),
-    },
-    "transmix": lambda: {"mix": vitmix.CutMix(), "labels": vitmix.AttentionLabels()},
-    "tl-align": lambda: {"mix": vitmix.CutMix(), "labels": vitmix.TokenAlignedLabels()},
-    "manifold": lambda: {"tokens": [vitmix.ManifoldMixup()]},
-    "horizontal": lambda: {"tokens": [horizontal()]},
-    "horizontal-rollout": lambda: {"tokens": [horizontal(saliency="rollout")]},
-    "horizontal-gradient": lambda: {"tokens": [horizontal(saliency="gradient")]},
-    "vertical": lambda: {"tokens": [vitmix.VerticalTokenMixup(block=2, kappa=3)]},
-    "everything": lambda: {
-        "mix": vitmix.OneOf([vitmix.Mixup(), vitmix.TokenMix()], draw="element"),
-        "labels": vitmix.TokenAlignedLabels(),
-        "tokens": [
-            horizontal(),
-            vitmix.VerticalTokenMixup(block=2, kappa=3),
-            vitmix.ManifoldMixup(block=3),
-        ],
-    },
-}
-
-
-def make(family: str, method: str, seed: int = 0) -> vitmix.MixingModel:
-    torch.manual_seed(seed)
-    return vitmix.MixingModel(
-        FAMILIES[family](),
-        num_classes=NUM_CLASSES,
-        label_smoothing=0.1,
-        generator=torch.Generator().manual_seed(seed),
-        **METHODS[method](),
-    )
-
-
-def hooks(model: nn.Module) -> int:
-    return sum(
-        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()
-    )
-
-
-ALL = list(itertools.product(FAMILIES, METHODS))
-
-
-@pytest.mark.parametrize(("family", "method"), ALL)
-def test_step(family: str, method: str) -> None:
-    """A step gives labels that sum to 1, a loss, gradients everywhere, and leaves no trace."""
-    mixing = make(family, method)
-    plain = FAMILIES[family]()
-    plain.load_state_dict(mixing.model.state_dict())
-    assert type(mixing.model) is type(plain)
-    images, targets = batch()
-
-    before = plain.eval()(images)
-    assert torch.equal(mixing.eval()(images), before)
-
-    out = mixing.train()(images, targets)
-    torch.testing.assert_close(out.targets.sum(1), torch.ones(len(images)))
-    assert (out.targets >= 0).all()
-    out.loss().backward()
-    for name, parameter in mixing.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
-
-    assert hooks(mixing.model) == 0
-    assert torch.equal(mixing.eval()(images), before)
-    assert torch.equal(mixing.detach()(images), before)
-    assert list(mixing.model.state_dict()) == list(plain.state_dict())
-
-
-@pytest.mark.parametrize(("family", "method"), ALL)
-def test_same_draws_same_step(family: str, method: str) -> None:
-    """Copies, pickles and the original do the same from the same generator state."""
-    mixing = make(family, method).train()
-    images, targets = batch(5)
-    copies = [copy.deepcopy(mixing), pickle.loads(pickle.dumps(mixing))]
-    torch.manual_seed(1)
-    expected = mixing(images, targets)
-    for other in copies:
-        torch.manual_seed(1)
-        out = other(images, targets)
-        assert torch.equal(out.logits, expected.logits)
-        assert torch.equal(out.targets, expected.targets)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -130,20 +35,6 @@ def test_soft_targets_give_what_indices_give(family: str, method: str) -> None:
     soft = torch.nn.functional.one_hot(targets, NUM_CLASSES).float()
     second = make(family, method).train()(images, soft)
     assert torch.equal(first.targets, second.targets)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["cct", "vit", "vit-unfused"])
-def test_bfloat16_autocast(family: str, method: str) -> None:
-    mixing = make(family, method).train()
-    images, targets = batch()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = mixing(images, targets)
-        loss = out.loss()
-    assert out.targets.dtype == torch.float32
-    torch.testing.assert_close(out.targets.sum(1), torch.ones(len(images)))
-    loss.backward()
-    assert math.isfinite(loss.item())
 
 
 @pytest.mark.parametrize("method", ["tl-align", "horizontal", "vertical", "everything"])
@@ -462,15 +353,3 @@ def test_attention_dropout_leaves_labels_alone() -> None:
         found.append(out.trace.weights)
     # Pooling weights come from tokens that dropout changed; the total is the same up to that.
     torch.testing.assert_close(found[0], found[1], atol=0.05, rtol=0)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["cct", "vit"])
-def test_cuda(family: str, method: str) -> None:
-    mixing = make(family, method).to("cuda").train()
-    images, targets = batch()
-    out = mixing(images.cuda(), targets.cuda())
-    out.loss().backward()
-    torch.testing.assert_close(out.targets.sum(1), torch.ones(len(images), device="cuda"))

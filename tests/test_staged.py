@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +11,12 @@ import torch
 from torch import nn
 
 import vitmix
+from contract import hooks, horizontal
 from models import NUM_CLASSES
 from more_models import logits_of, unsettle
 from recorders import CallRecorder
 from staged_models import STAGED, images_for, make_maxxvit
 from test_families import Kernels
-from test_mixing import hooks, horizontal
 from vitmix.functional.reach import Reach
 
 pytest.importorskip("timm")
@@ -383,59 +382,6 @@ def test_the_kernels_stay_the_same(family: str) -> None:
     plain.counts["_softmax"] += pools.get(mixing.backbone.pooling, 0)
     assert mixed.counts.total() <= plain.counts.total()
     assert mixed.counts["_softmax"] <= plain.counts["_softmax"]
-
-
-@pytest.mark.parametrize("family", STAGED)
-def test_bfloat16_autocast(family: str) -> None:
-    mixing = make(family, "everything").train()
-    images, targets = images_for(family)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = mixing(images, targets)
-        loss = out.loss()
-    assert out.targets.dtype == torch.float32
-    torch.testing.assert_close(out.targets.sum(1), torch.ones(len(images)))
-    loss.backward()
-    assert loss.isfinite()
-
-
-@pytest.mark.parametrize("family", STAGED)
-def test_same_draws_same_step(family: str) -> None:
-    """Copies, pickles and the original do the same from the same generator state."""
-    mixing = make(family, "everything").train()
-    images, targets = images_for(family)
-    copies = [copy.deepcopy(mixing), pickle.loads(pickle.dumps(mixing))]
-    torch.manual_seed(1)
-    expected = mixing(images, targets)
-    for other in copies:
-        torch.manual_seed(1)
-        out = other(images, targets)
-        assert torch.equal(out.logits, expected.logits)
-        assert torch.equal(out.targets, expected.targets)
-
-
-@pytest.mark.parametrize("family", STAGED)
-def test_gradient_checkpointing(family: str) -> None:
-    """Gradients equal those without."""
-    found = []
-    for checkpointed in (False, True):
-        mixing = make(family, "everything").train()
-        model: Any = mixing.model
-        if checkpointed and hasattr(model, "gradient_checkpointing_enable"):
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        elif checkpointed and hasattr(model, "set_grad_checkpointing"):
-            try:
-                model.set_grad_checkpointing()
-            except AssertionError:
-                pytest.skip("the model has no gradient checkpointing")
-        elif checkpointed:
-            pytest.skip("the model has no switch for gradient checkpointing")
-        assert mixing.backbone.recomputes() is checkpointed
-        torch.manual_seed(1)
-        mixing(*images_for(family)).loss().backward()
-        assert hooks(model) == 0
-        found.append([p.grad for p in mixing.parameters() if p.grad is not None])
-    for expected, observed in zip(*found, strict=True):
-        torch.testing.assert_close(observed, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_plain_pass_before_the_backward_pass_is_not_mixed() -> None:
