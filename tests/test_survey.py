@@ -1,14 +1,56 @@
-"""The survey of registered models: what it says of them."""
+"""The survey of registered models: what it says, and that its number does not fall."""
 
 from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
 
 import pytest
 
 import vitmix
 from vitmix.cli import main
-from vitmix.survey import model_names, survey_model
+from vitmix.survey import STAGES, model_names, survey_model
 
-pytest.importorskip("timm")
+timm = pytest.importorskip("timm")
+RECORD = json.loads((Path(__file__).parent.parent / "docs" / "coverage.json").read_text())
+# Names of timm 1.0.31 with all four label rules and horizontal mixing; it may only grow.
+LEAST = 428
+
+
+def test_the_number_of_supported_names_does_not_fall() -> None:
+    full = [
+        name
+        for name, stages in RECORD["names"].items()
+        if {"attention", "aligned", "horizontal"} <= set(stages)
+    ]
+    assert len(full) == RECORD["full"] >= LEAST
+
+
+def sample() -> list[str]:
+    """A small model of each first word of a name, and some at random."""
+    if timm.__version__ != RECORD["timm"]:
+        return []
+    rng = random.Random(0)
+    words: dict[str, list[str]] = {}
+    for name in RECORD["names"]:
+        words.setdefault(name.split("_")[0], []).append(name)
+    small = [
+        min(
+            names, key=lambda n: (not any(w in n for w in ("tiny", "nano", "small", "_t", "_s")), n)
+        )
+        for names in words.values()
+    ]
+    return sorted(rng.sample(small, min(16, len(small))))
+
+
+@pytest.mark.parametrize("name", sample())
+def test_the_record_still_holds(name: str) -> None:
+    found = survey_model(name)
+    assert found.refusal is None
+    assert [stage for stage in sorted(STAGES) if found.reasons[stage] is None] == RECORD["names"][
+        name
+    ]
 
 
 def test_details_of_one_model(capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,22 +106,11 @@ def survey_model(name: str) -> Surveyed:
     except UnsupportedModelError as error:
         return Surveyed(name, kind, size, None, _found(str(error)), {})
     reasons = dict(backbone.support)
-    promised = {
-        stage: make(_block_for(stage, backbone))
-        for stage, make in STAGES.items()
-        if reasons[stage] is None
-    }
-    # Stages that may act together are tried together; alone only where that fails.
-    for together in (("aligned", "horizontal", "manifold"), ("attention", "vertical")):
-        made = [promised[stage] for stage in together if stage in promised]
-        joined: dict[str, Any] = {key: value for each in made for key, value in each.items()}
-        joined["tokens"] = [stage for each in made for stage in each.get("tokens", ())]
-        if _try(model, backbone, size, joined) is not None:
-            for stage in together:
-                if stage in promised:
-                    reasons[stage] = _try(
-                        model, backbone, size, STAGES[stage](_block_for(stage, backbone))
-                    )
+    promised = [stage for stage in STAGES if reasons[stage] is None]
+    # All are tried in one pass, and each alone only where that fails.
+    if _try(model, backbone, size, _joined(promised, backbone)) is not None:
+        for stage in promised:
+            reasons[stage] = _try(model, backbone, size, _joined([stage], backbone))
     return Surveyed(name, kind, size, backbone, None, reasons)
 
 
@@ -143,6 +132,22 @@ def _make(name: str) -> tuple[nn.Module, tuple[int, int]]:
     return model, (height, width)
 
 
+class _AttendedLabels(TokenAlignedLabels):
+    """Aligned labels that have the last block's saliency read as well."""
+
+    attention_block = -1
+
+
+def _joined(stages: list[str], backbone: Backbone) -> dict[str, Any]:
+    """Arguments of a ``MixingModel`` with several stages at once."""
+    made = [STAGES[stage](_block_for(stage, backbone)) for stage in stages]
+    joined: dict[str, Any] = {key: value for each in made for key, value in each.items()}
+    joined["tokens"] = [stage for each in made for stage in each.get("tokens", ())]
+    if {"attention", "aligned"} <= set(stages):
+        joined["labels"] = _AttendedLabels()
+    return joined
+
+
 def _block_for(stage: str, backbone: Backbone) -> int:
     if stage != "vertical":
         return backbone.depth // 2
@@ -153,10 +158,10 @@ def _block_for(stage: str, backbone: Backbone) -> int:
 
 
 def _try(
-    model: nn.Module, backbone: Backbone, size: tuple[int, int], stages: dict[str, Any]
+    model: Any, backbone: Backbone, size: tuple[int, int], stages: dict[str, Any]
 ) -> str | None:
     """Run one training step; why it is refused, or None."""
-    channels = next(p.shape[1] for p in model.parameters() if p.ndim == 4)
+    channels = getattr(model, "default_cfg", {"input_size": (3,)})["input_size"][0]
     images = torch.empty(2, channels, *size, device="meta")
     targets = torch.zeros(2, dtype=torch.long, device="meta")
     try:
