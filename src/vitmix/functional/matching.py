@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,12 +13,15 @@ from vitmix.functional.precision import wide
 
 __all__ = ["optimal_assignment", "optimal_partners", "saliency_gain"]
 
+# Differences of saliency held at once by the gain: 4 megabytes of float32, or 32.
+_HELD_BY_CACHE, _HELD_BY_DEVICE = 1 << 20, 1 << 23
+
 
 def saliency_gain(saliency: Tensor, candidates: Tensor, rho: float) -> Tensor:
     """Saliency that each sample gains from each candidate (TokenMixup, Eq. 6).
 
-    ``G[i, j] = sum_t max(candidates[j, t] - saliency[i, t] - rho, 0)``. Because
-    ``max(a, 0) = (a + |a|) / 2`` it is an L1 distance plus sums of rows: no ``(B', B, N)`` tensor.
+    ``G[i, j] = sum_t max(candidates[j, t] - saliency[i, t] - rho, 0)``, some rows at a time: what
+    is held of the ``(B', B, N)`` differences stays in the processor's cache.
 
     Args:
         saliency: ``(B', N)`` of the samples to be mixed.
@@ -25,7 +29,7 @@ def saliency_gain(saliency: Tensor, candidates: Tensor, rho: float) -> Tensor:
         rho: least gain for which a token is replaced, in units of saliency.
 
     Returns:
-        ``(B', B)`` gain, not negative.
+        ``(B', B)`` gain, not negative, without gradient.
 
     Raises:
         InputError: shapes that don't fit.
@@ -39,15 +43,17 @@ def saliency_gain(saliency: Tensor, candidates: Tensor, rho: float) -> Tensor:
             "expected `saliency` (B', N) and `candidates` (B, N) over the same tokens, "
             f"got {tuple(saliency.shape)} and {tuple(candidates.shape)}"
         )
-    result = torch.promote_types(wide(saliency).dtype, wide(candidates).dtype)
-    # Of two long sums only a small difference is left: in float64, which is no slower here.
-    exact = torch.float32 if saliency.device.type == "mps" else torch.float64
-    candidates = candidates.to(exact)
-    # No candidate is above the greatest: a lower threshold gives the same gain from smaller sums.
-    threshold = torch.minimum(saliency.to(exact) + rho, candidates.amax(0))
-    total = candidates.sum(1) - threshold.sum(1, keepdim=True)
-    gain = (torch.cdist(threshold, candidates, p=1.0) + total) / 2
-    return gain.clamp_min(0.0).to(result)
+    dtype = torch.promote_types(wide(saliency).dtype, wide(candidates).dtype)
+    threshold, candidates = saliency.detach().to(dtype) + rho, candidates.detach().to(dtype)
+    held = _HELD_BY_CACHE if saliency.device.type == "cpu" else _HELD_BY_DEVICE
+    rows = max(1, held // max(1, candidates.numel()))
+    gain = threshold.new_empty(len(threshold), len(candidates))
+    above = threshold.new_empty(min(rows, len(threshold)), *candidates.shape)
+    for start in range(0, len(threshold), rows):
+        part = threshold[start : start + rows]
+        differences = torch.sub(candidates, part[:, None], out=above[: len(part)])
+        torch.sum(differences.clamp_min_(0), -1, out=gain[start : start + rows])
+    return gain
 
 
 def optimal_assignment(gain: Tensor) -> Tensor:
@@ -73,12 +79,17 @@ def optimal_assignment(gain: Tensor) -> Tensor:
         raise InputError(
             f"expected `gain` (B', B) with no more rows than columns, got {tuple(gain.shape)}"
         )
-    host = gain.detach().to("cpu", torch.float64)
-    if not bool(torch.isfinite(host).all()):
+    host = gain.detach().cpu().double().numpy()
+    if not np.isfinite(host.sum()):
         raise InputError(
             "expected finite `gain`, got NaN or infinity; check the saliency it was computed from"
         )
-    _, columns = linear_sum_assignment(host.numpy(), maximize=True)
+    if len(host) == host.shape[1] > 0:
+        # Every row and column is taken, so that what is common to one changes nothing but how far
+        # the solver has to look.
+        host = host - host.max(1, keepdims=True)
+        host -= host.max(0)
+    _, columns = linear_sum_assignment(host, maximize=True)
     return torch.as_tensor(columns, dtype=torch.int64).to(gain.device)
 
 
