@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -60,6 +63,34 @@ def test_table_and_tensorboard_hold_everything(run: RunResult) -> None:
     assert [picture.step for picture in pictures] == [1, 5]  # in epochs 1 and 3, two steps each
     files = sorted((run.folder / "images").iterdir())
     assert [path.name for path in files] == ["epoch-0001.png", "epoch-0003.png"]
+
+
+def test_predictions_of_the_last_epoch_are_kept(run: RunResult) -> None:
+    stored = np.load(run.folder / "predictions.npz", allow_pickle=False)
+    assert sorted(stored["labels"]) == sorted(run.data.test.labels.tolist())
+    right = 100 * float((stored["labels"] == stored["predictions"]).mean())
+    assert right == pytest.approx(run.results["top1"], abs=1e-3)
+    assert tuple(stored["classes"]) == run.data.classes
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_on_a_terminal_and_plain_lines_elsewhere(
+    terminal: bool, tmp_path: Path, run: RunResult, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setenv("NO_COLOR", "1")
+    train_run(small(tmp_path, method="cutmix", tau=None), data=run.data, verbose=False)
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"(epoch \d/3  loss \S+  test loss \S+  top-1 \S+%  \S+ s\n){3}", out)
+    if terminal:
+        last = err.split("\r")[-3]
+        assert re.search(
+            r"epoch 3/3: .* images/s, loss \d\.\d{3}, mixed \d+%, \d\d:\d\d left", last
+        )
+        assert "\x1b[3" not in err  # no colours
+    else:
+        assert err == ""
 
 
 def test_pictures_can_be_left_out(tmp_path: Path, run: RunResult) -> None:

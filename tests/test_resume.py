@@ -208,9 +208,9 @@ posix = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="POSIX signals
 @posix
 @pytest.mark.parametrize(
     ("fault", "count"),
-    # In the middle of a checkpoint; before a new column of the table, the best checkpoint, and the
-    # newest in the place of the last, which has become the one before.
-    [("save", 3), ("replace", 4), ("replace", 6), ("replace", 8)],
+    # In the middle of a checkpoint; before the predictions, a new column of the table, the best
+    # checkpoint, and the newest in the place of the last, which has become the one before.
+    [("save", 3), ("replace", 4), ("replace", 5), ("replace", 7), ("replace", 9)],
 )
 def test_killed_while_writing(
     tmp_path: Path, alone: Path, start: Callable[..., Any], fault: str, count: int
@@ -220,7 +220,7 @@ def test_killed_while_writing(
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "run" / "results.json").exists()
-    if (fault, count) == ("replace", 8):
+    if (fault, count) == ("replace", 9):
         assert not (tmp_path / "run" / "last.ckpt").exists()
     train_run(config, resume=tmp_path / "run", verbose=False)
     assert_same_run(alone, tmp_path / "run")
@@ -396,14 +396,14 @@ def test_comparison_goes_on_and_keeps_what_is_finished(
 ) -> None:
     config = small(tmp_path, name=None, epochs=1, tau=None)
     alone = compare(replace(config, name="alone"), ["cutmix", "none"], [3]).folder
-    examples = compare_module.collect_examples
+    summarise = compare_module.summarise
 
-    def stop(*args: Any) -> Any:
+    def stop(*args: Any) -> Any:  # after the first run, within the second
         stop_after(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
-        return examples(*args)
+        return summarise(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(compare_module, "collect_examples", stop)
+        patch.setattr(compare_module, "summarise", stop)
         with pytest.raises(Interrupted, match="compare --resume"):
             compare(replace(config, name="run"), ["cutmix", "none"], [3])
         patch.undo()

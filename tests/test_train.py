@@ -646,8 +646,8 @@ def test_tables_align_and_name_the_reference() -> None:
     better = [{**runs[0], "top1": 91.5}]
     summaries = [summarise("none", runs), summarise("cutmix", better)]
     rows = table_rows(summaries)
-    assert rows[1] == ["cutmix", "91.50", "99.00", "0.400", "+1.50", "3 s"]
-    assert header(summaries)[4] == "top-1 vs. none"
+    assert rows[1] == ["cutmix", "1", "91.50", "99.00", "0.400", "+1.50", "3 s"]
+    assert header(summaries)[5] == "top-1 vs. none"
     lines = as_text(header(summaries), rows).splitlines()
     assert len({line.index("9") for line in lines[2:]}) == 1
     assert as_markdown(header(summaries), rows).count("\n") == 4

@@ -1,4 +1,4 @@
-"""The command line: ``vitmix train | evaluate | export | recipes | compare | models | demo``.
+"""The command line: ``vitmix train | evaluate | compare | report | models | ...``.
 
 Only the standard library is imported here; each command imports what it needs when it runs.
 """
@@ -245,6 +245,21 @@ def _compare(options: Any) -> None:
     print(f"report  {comparison.report}")
 
 
+def _configure_report(parser: Parser) -> None:
+    parser.add("runs", list[str], None, "run folders, or folders of comparisons")
+    parser.add("--out", str, "report.html", "file to write; an earlier one is replaced")
+
+
+def _report(options: Any) -> None:
+    from pathlib import Path
+
+    from vitmix.evaluate.report import write_report
+
+    folders = [Path(run).expanduser() for run in options["runs"]]
+    path = write_report(folders, Path(options["out"]).expanduser())
+    print(f"the report is {path.resolve()}, {path.stat().st_size / 1e6:.1f} MB")
+
+
 def _configure_models(parser: Parser) -> None:
     parser.add("pattern", str, "*", "name, or a pattern such as 'vit_*'; all by default")
 
@@ -353,6 +368,12 @@ COMMANDS: dict[str, Command] = {
         "vitmix compare --data digits --methods none,cutmix,tl-align --seeds 3 --epochs 10",
         _configure_compare,
         _compare,
+    ),
+    "report": Command(
+        "write one HTML page about finished runs",
+        "vitmix report runs/none-seed0 runs/tokenmixup-seed0 --out report.html",
+        _configure_report,
+        _report,
     ),
     "models": Command(
         "say which registered models are supported, and with which stages",

@@ -55,7 +55,7 @@ class Parser:
     ) -> None:
         """Add an option (``--name``) or, without dashes, a positional argument.
 
-        A positional argument with a default may be left out.
+        A positional argument with a default may be left out; one of a list type takes several.
 
         Args:
             name: as the user types it.
@@ -73,7 +73,9 @@ class Parser:
         shown = "" if default is None else f" [{_plain(default)}]"
         if not name.startswith("-"):
             may_lack: dict[str, Any] = {}
-            if default is not None or type(None) in typing.get_args(kind):
+            if typing.get_origin(kind) is list:
+                kind, may_lack = typing.get_args(kind)[0], {"nargs": "+"}
+            elif default is not None or type(None) in typing.get_args(kind):
                 may_lack = {"nargs": "?", "default": default}
             target.add_argument(name, type=kind, help=text + shown, **may_lack)
         elif kind is bool:

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from vitmix.errors import InputError
-from vitmix.evaluate.table import as_markdown, as_text, best_row, header, summarise, table_rows
-from vitmix.plots.curves import (
-    LEARNING_PANELS,
-    MIXING_PANELS,
-    Series,
-    learning_curves,
-    mixing_curves,
-    read_metrics,
-)
-from vitmix.plots.examples import Example, collect_examples, examples_figure
-from vitmix.plots.report import Page, Picture, write_page
-from vitmix.plots.style import LIGHT, Theme, themed
+from vitmix.evaluate.report import write_report
+from vitmix.evaluate.table import as_markdown, as_text, header, summarise, table_rows
+from vitmix.plots.curves import learning_curves, read_metrics
+from vitmix.plots.style import LIGHT, themed
 from vitmix.train.checkpoint import make_model
 from vitmix.train.data import ImageData, load_data
 from vitmix.train.folder import MARKER, claim_folder, replacing, write_json, write_text
-from vitmix.train.methods import in_words, method_of, parse_method, unused_options
+from vitmix.train.methods import method_of, unused_options
 from vitmix.train.parallel import Processes
 from vitmix.train.provenance import commit, versions
 from vitmix.train.run import Interrupted, check_config, default_name, train_run, try_step
@@ -33,8 +22,6 @@ from vitmix.train.stages import build_mixing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from matplotlib.figure import Figure
 
     from vitmix.train.config import TrainConfig
 
@@ -121,7 +108,6 @@ def compare(
     print(f"model   {config.model}, {config.epochs} epochs, seeds {listed}")
     print(f"folder  {folder}", flush=True)
     results: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
-    examples: dict[str, list[Example]] = {}
     plain: dict[int, Path] = {}
     # The plain runs first: they are the teachers.
     order = [(seed, method) for seed in seeds for method in sorted(methods, key="none".__ne__)]
@@ -142,8 +128,6 @@ def compare(
         results[method].append(run.results)
         if method == "none":
             plain[seed] = run.folder
-        if method not in examples:
-            examples[method] = collect_examples(run.task, data)
         write_json(folder / "compare.json", _document(config, seeds, results))
     summaries = [summarise(method, results[method]) for method in methods]
     rows = table_rows(summaries)
@@ -158,10 +142,12 @@ def compare(
         figure = learning_curves(metrics)
         with replacing(folder / "compare.png") as temporary:
             figure.savefig(temporary, dpi=160)
-    report = folder / "report.html"
-    page = _page(config, data, summaries, metrics, examples, seeds)
-    page.title, page.command = title or page.title, command or page.command
-    write_page(page, report)
+    report = write_report(
+        [folder / f"{Path(method).stem}-seed{seed}" for method in methods for seed in seeds],
+        folder / "report.html",
+        title=title,
+        command=command or _command(config, methods, seeds),
+    )
     print(f"\n{as_text(header(summaries), rows)}\n", flush=True)
     return Comparison(folder, report, summaries)
 
@@ -200,101 +186,10 @@ def _document(
     }
 
 
-def _page(
-    config: TrainConfig,
-    data: ImageData,
-    summaries: list[dict[str, Any]],
-    metrics: dict[str, list[dict[str, Series]]],
-    examples: dict[str, list[Example]],
-    seeds: Sequence[int],
-) -> Page:
-    runs = f"{len(seeds)} seeds, mean ± standard deviation" if len(seeds) > 1 else "one seed"
-    share = min(max(row["top1"] for row in summaries) / 100, 0.99)
-    chance = 100 * 2 * (2 * share * (1 - share) / (len(data.test) * len(seeds))) ** 0.5
-    page = Page(
-        title=f"{len(summaries)} ways of mixing on {data.name}",
-        summary=f"{config.model} trained for {config.epochs} epochs on {len(data.train)} images, "
-        f"tested on {len(data.test)}; {runs}. Figures are those of the last epoch. With so many "
-        f"test images, differences up to about {chance:.1f} points may be chance.",
-        header=header(summaries),
-        rows=table_rows(summaries),
-        best=best_row(summaries),
+def _command(config: TrainConfig, methods: Sequence[str], seeds: Sequence[int]) -> str:
+    """A comparison of the same kind, for people who read the report."""
+    return (
+        f"vitmix compare --data {config.data} --model {config.model} --methods "
+        f"{','.join(methods)} --seeds {len(seeds)} --epochs {config.epochs} "
+        f"--batch-size {config.batch_size} --lr {config.lr:g}"
     )
-    page.curves.append(
-        (
-            "Learning curves",
-            "Test accuracy is measured on images as they are. The training loss is that of the "
-            "mixed images against mixed targets, so it stays higher the more is mixed."
-            + (" Bands show the range over the seeds." if len(seeds) > 1 else ""),
-            [
-                Picture(partial(_draw_learning, metrics, {key: title}), f"{title} by epoch")
-                for key, title in LEARNING_PANELS.items()
-            ],
-        )
-    )
-    first = {method: runs[0] for method, runs in metrics.items()}
-    if mixing_curves(first) is not None:
-        page.curves.append(
-            (
-                "What TokenMixup mixes",
-                "ScoreNet lets a sample be mixed once the model finds it easy, so the number of "
-                "mixed samples rises as the model learns. Replaced tokens are those that a partner "
-                "shows more saliently.",
-                [
-                    Picture(partial(_draw_mixing, first, {key: title}), f"{title} by step")
-                    for key, title in MIXING_PANELS.items()
-                ],
-            )
-        )
-    for method, shown in examples.items():
-        if shown:
-            page.mixed.append(_mixed_picture(method, shown))
-    page.facts = {
-        "data": config.data,
-        "model": config.model,
-        "epochs": str(config.epochs),
-        "batch size": str(config.batch_size),
-        "learning rate": f"{config.peak_lr:g}",
-        "weight decay": f"{config.weight_decay:g}",
-        "precision": config.precision,
-        "device": str(torch.get_num_threads()) + " CPU threads"
-        if not torch.cuda.is_available()
-        else torch.cuda.get_device_name(),
-        "seeds": ", ".join(map(str, seeds)),
-        "commit": commit() or "not in a repository",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
-    }
-    methods = ",".join(row["method"] for row in summaries)
-    page.command = (
-        f"vitmix compare --data {config.data} --model {config.model} --methods {methods} "
-        f"--seeds {len(seeds)} --epochs {config.epochs} --batch-size {config.batch_size} "
-        f"--lr {config.lr:g}"
-    )
-    return page
-
-
-def _draw_learning(
-    metrics: dict[str, list[dict[str, Series]]], titles: dict[str, str], theme: Theme
-) -> Figure:
-    return learning_curves(metrics, titles)
-
-
-def _draw_mixing(
-    metrics: dict[str, dict[str, Series]], titles: dict[str, str], theme: Theme
-) -> Figure:
-    figure = mixing_curves(metrics, titles)
-    assert figure is not None
-    return figure
-
-
-def _draw_examples(shown: list[Example], method: str, theme: Theme) -> Figure:
-    return examples_figure(shown, theme, method)
-
-
-def _mixed_picture(method: str, shown: list[Example]) -> Picture:
-    caption = in_words(parse_method(method))
-    if shown[0].stage != "pixels":
-        caption += f" Hidden {shown[0].stage} are shown as the image patches they stand for."
-    name = Path(method).stem
-    words = f"Original, partner, mask, mixed image and target of {name}"
-    return Picture(partial(_draw_examples, shown, name), words, caption, vector=False)

@@ -12,7 +12,7 @@ __all__ = ["as_markdown", "as_text", "best_row", "header", "summarise", "table_r
 def header(summaries: Sequence[dict[str, Any]]) -> list[str]:
     """Names of the columns; differences are against the first method."""
     against = f"top-1 vs. {summaries[0]['method']}"
-    return ["method", "top-1 %", "top-5 %", "test loss", against, "time"]
+    return ["method", "seeds", "top-1 %", "top-5 %", "test loss", against, "time"]
 
 
 def summarise(method: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -35,6 +35,7 @@ def table_rows(summaries: Sequence[dict[str, Any]]) -> list[list[str]]:
         rows.append(
             [
                 row["method"],
+                str(len(row["seeds"])),
                 _spread(row["top1"], row["top1_sd"], 2),
                 _spread(row["top5"], row["top5_sd"], 2),
                 _spread(row["loss"], row["loss_sd"], 3),

@@ -80,8 +80,9 @@ def learning_curves(
             columns = [[values[place][1] for values in series] for place in range(length)]
             style = line_style(index)
             mean = [fmean(column) for column in columns]
-            marker = "o" if length == 1 else ""
-            axis.plot(epochs, mean, label=method, marker=marker, markersize=4, **style)
+            if length == 1:  # no line can be seen
+                style["marker"] = "o"
+            axis.plot(epochs, mean, label=method, **style)
             if len(series) > 1:
                 low, high = [min(c) for c in columns], [max(c) for c in columns]
                 axis.fill_between(epochs, low, high, color=style["color"], alpha=0.18, linewidth=0)
@@ -123,15 +124,19 @@ def mixing_curves(
         return None
     figure, panels = _panels(titles)
     for suffix, axis in panels:
-        for index, (method, metrics) in enumerate(chosen.items()):
-            for key in sorted(key for key in metrics if key.endswith("/" + suffix)):
-                steps = [step for step, _ in metrics[key]]
-                values = [value for _, value in metrics[key]]
-                style = line_style(index)
-                block = key.split("/")[0].rpartition("_")[2]
-                if len(values) > 40:
-                    axis.plot(steps, values, color=style["color"], alpha=0.25, linewidth=0.8)
-                axis.plot(steps, _smooth(values), label=f"{method}, block {block}", **style)
+        lines = [
+            (method, key, metrics[key])
+            for method, metrics in chosen.items()
+            for key in sorted(key for key in metrics if key.endswith("/" + suffix))
+        ]
+        for index, (method, key, series) in enumerate(lines):
+            steps = [step for step, _ in series]
+            values = [value for _, value in series]
+            style = line_style(index)
+            block = key.split("/")[0].rpartition("_")[2]
+            if len(values) > 40:
+                axis.plot(steps, values, color=style["color"], alpha=0.25, linewidth=0.8)
+            axis.plot(steps, _smooth(values), label=f"{method}, block {block}", **style)
         axis.set_ylim(bottom=0)
         axis.set_xlabel("step")
         axis.legend(fontsize=8)

@@ -30,6 +30,7 @@ __all__ = [
 # Okabe and Ito's palette without yellow and black, which vanish on one of the two grounds.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 DASHES = ("-", "--", "-.", ":")
+MARKERS = ("", "o", "s", "^", "D")
 OWN, PARTNER = "#0072B2", "#E69F00"
 
 
@@ -49,10 +50,13 @@ THEMES = (LIGHT, DARK)
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Colour and dashes of the line with this number: they differ even in grey."""
+    """Colour, dashes and markers of the line with this number: they differ even in grey."""
     return {
         "color": COLOURS[index % len(COLOURS)],
         "linestyle": DASHES[index % len(DASHES)],
+        "marker": MARKERS[index // len(DASHES) % len(MARKERS)],
+        "markersize": 4,
+        "markevery": 0.12,
     }
 
 

@@ -1,4 +1,4 @@
-"""What happens around the steps: progress on the console, pictures, averaged weights."""
+"""What happens around the steps: progress, pictures, predictions, averaged weights."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from tqdm import tqdm
 
+from vitmix.processes import gather_objects
+from vitmix.train.folder import replacing
 from vitmix.train.loggers import log_picture
 from vitmix.train.parallel import placed_like
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import lightning.pytorch as pl
@@ -22,60 +27,78 @@ if TYPE_CHECKING:
     from vitmix.train.data import ImageData
     from vitmix.train.module import MixingTask
 
-__all__ = ["ConsoleProgress", "MixedImages", "WeightAverage"]
+__all__ = ["ConsoleProgress", "MixedImages", "Predictions", "WeightAverage"]
+
+# tqdm's own bar draws no colours, whatever NO_COLOR says.
+BAR = "{desc}{percentage:3.0f}%|{bar}| {rate_fmt}{postfix}, {remaining} left"
 
 
 class ConsoleProgress(Callback):
-    """A bar that moves on a terminal; one plain line an epoch everywhere."""
+    """One bar for the run on a terminal; one plain line an epoch everywhere."""
 
     def __init__(self, label: str = "") -> None:
         self.label = label
-        self.bar: Any = None
+        self.bar: tqdm[Any] | None = None
         self.started = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Within an epoch, where a run goes on; Lightning has counted the epoch's start before."""
+        """Make the bar, which counts images.
+
+        Where a run goes on within an epoch, Lightning has counted the epoch's start before.
+        """
+        task: MixingTask = pl_module  # type: ignore[assignment]
+        images = task.config.batch_size
+        self.bar = tqdm(
+            initial=trainer.global_step * images,
+            total=task.steps * images,
+            unit=" images",
+            bar_format=BAR,
+            leave=False,
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
         if trainer.fit_loop.restarted_mid_epoch:
             self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock and, on a terminal, the bar."""
+        """Start the clock, and say on the bar which epoch it is."""
         self.started = time.perf_counter()
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(
-                initial=trainer.global_step % int(trainer.num_training_batches),
-                total=int(trainer.num_training_batches),
-                desc=f"{self.label}epoch {trainer.current_epoch + 1}/{trainer.max_epochs}",
-                unit="step",
-                leave=False,
-                dynamic_ncols=True,
-            )
+        if self.bar is not None:
+            self.bar.set_description(self._epoch(trainer))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *args: Any
     ) -> None:
-        """Move the bar."""
-        if self.bar is not None:
-            self.bar.update()
-            if self.bar.n % 10 == 0:
-                self.bar.set_postfix(loss=f"{float(outputs['loss']):.3f}", refresh=False)
+        """Move the bar; to read the loss is to wait for the device, so not at every step."""
+        if self.bar is None or self.bar.disable:
+            return
+        task: MixingTask = pl_module  # type: ignore[assignment]
+        self.bar.update(task.config.batch_size)
+        if trainer.global_step % 10 == 1:
+            mixed = 100 * (1 - float(outputs["own_weight"]))
+            self.bar.set_postfix_str(f"loss {float(outputs['loss']):.3f}, mixed {mixed:.0f}%")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print the epoch's line."""
-        self._close()
+        """Print the epoch's line, above the bar."""
         task: MixingTask = pl_module  # type: ignore[assignment]
         entry = task.history[-1]
+        with tqdm.external_write_mode():
+            print(
+                f"{self._epoch(trainer)}"
+                f"  loss {entry.get('train/epoch_loss', float('nan')):.3f}"
+                f"  test loss {entry['val/loss']:.3f}"
+                f"  top-1 {entry['val/top1']:.2f}%"
+                f"  {time.perf_counter() - self.started:.1f} s",
+                flush=True,
+            )
+
+    def _epoch(self, trainer: pl.Trainer) -> str:
         width = len(str(trainer.max_epochs))
-        print(
-            f"{self.label}epoch {trainer.current_epoch + 1:{width}}/{trainer.max_epochs}"
-            f"  loss {entry.get('train/epoch_loss', float('nan')):.3f}"
-            f"  test loss {entry['val/loss']:.3f}"
-            f"  top-1 {entry['val/top1']:.2f}%"
-            f"  {time.perf_counter() - self.started:.1f} s",
-            flush=True,
-        )
+        return f"{self.label}epoch {trainer.current_epoch + 1:{width}}/{trainer.max_epochs}"
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the bar away."""
+        self._close()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -90,19 +113,26 @@ class ConsoleProgress(Callback):
 
 
 class MixedImages(Callback):
-    """A picture of mixed samples in every N-th epoch: of its first step, as it was trained on.
+    """A picture of mixed samples in every N-th epoch and the last, as they were trained on.
 
-    It goes to the loggers, and as a file to a folder.
+    It is of the first step that mixes something, among the first of the epoch. It goes to the
+    loggers, and as a file to a folder.
     """
+
+    STEPS = 20  # that are looked at
 
     def __init__(self, data: ImageData, folder: Path, every: int) -> None:
         self.data, self.folder, self.every = data, folder, every
+        self.wanted = False
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Ask the task to keep what it mixes."""
-        if batch_idx == 0 and trainer.current_epoch % self.every == 0:
+        epoch = trainer.current_epoch
+        if batch_idx == 0:
+            self.wanted = epoch % self.every == 0 or epoch + 1 == trainer.max_epochs
+        if self.wanted and batch_idx < self.STEPS:
             pl_module.watches = True  # type: ignore[assignment]
 
     def on_train_batch_end(
@@ -113,14 +143,14 @@ class MixedImages(Callback):
         if task.watched is None:
             return
         (out, images, labels), task.watched = task.watched, None
-        task.speed.pause()
         from vitmix.plots.examples import examples_figure, telling_examples
         from vitmix.plots.style import LIGHT, pixels_of_figure, themed
-        from vitmix.train.folder import replacing
 
         examples = telling_examples(out, images, labels, self.data, task.config.smoothing)
         if not examples:
             return
+        task.speed.pause()
+        self.wanted = False
         epoch = trainer.current_epoch + 1
         with themed(LIGHT):
             figure = examples_figure(examples, LIGHT, f"epoch {epoch}: {examples[0].stage}")
@@ -130,6 +160,39 @@ class MixedImages(Callback):
         self.folder.mkdir(exist_ok=True)
         with replacing(self.folder / f"epoch-{epoch:04}.png") as temporary:
             Image.fromarray(picture).save(temporary)
+
+
+class Predictions(Callback):
+    """``predictions.npz``: label and predicted class of every test image, as of the last epoch.
+
+    The file is in place before the checkpoint of its epoch, so a run that goes on has it. All
+    processes take part.
+    """
+
+    def __init__(self, path: Path, classes: Sequence[str]) -> None:
+        self.path, self.classes = path, classes
+        self._parts: list[np.ndarray] = []
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin anew."""
+        self._parts.clear()
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *args: Any
+    ) -> None:
+        """Keep both in rows ``(2, B)``."""
+        both = torch.stack((outputs["labels"], outputs["predictions"]))
+        self._parts.append(both.to("cpu", torch.int32).numpy())
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the file."""
+        parts = gather_objects(np.concatenate(self._parts, axis=1))
+        if trainer.is_global_zero:
+            labels, predictions = np.concatenate(parts, axis=1)
+            with replacing(self.path) as temporary:
+                np.savez_compressed(
+                    temporary, labels=labels, predictions=predictions, classes=self.classes
+                )
 
 
 class WeightAverage(Callback):

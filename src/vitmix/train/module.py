@@ -98,7 +98,9 @@ class MixingTask(pl.LightningModule):
             images = images.to(memory_format=torch.channels_last)
         return images, labels, moved
 
-    def training_step(self, batch: tuple[Tensor, Tensor, Tensor | None], batch_idx: int) -> Tensor:
+    def training_step(
+        self, batch: tuple[Tensor, Tensor, Tensor | None], batch_idx: int
+    ) -> dict[str, Tensor]:
         """Mix, predict, and check the loss before it can reach the weights."""
         images, labels, maps = batch
         out = self.mixing(images, labels, maps=maps)
@@ -113,7 +115,7 @@ class MixingTask(pl.LightningModule):
         self._epoch_loss.append(loss.detach())
         if self.watches:
             self.watched, self.watches = (out, images, labels), False
-        return loss
+        return {"loss": loss, "own_weight": out.stats["target/own_weight"]}
 
     def on_train_start(self) -> None:
         """Stop at once where a run goes on that had come to its last step."""
@@ -162,13 +164,16 @@ class MixingTask(pl.LightningModule):
         for logger in self.loggers:
             logger.log_metrics(values, step=steps)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor | None], batch_idx: int) -> None:
-        """Measure the model on test images as they are."""
+    def validation_step(
+        self, batch: tuple[Tensor, Tensor, Tensor | None], batch_idx: int
+    ) -> dict[str, Tensor]:
+        """Measure the model on test images as they are; returns labels and predictions ``(B,)``."""
         images, labels, _ = batch
         logits = self.mixing(images).float()
         self.top1.update(logits, labels)
         self.top5.update(logits, labels)
         self.val_loss.update(torch.nn.functional.cross_entropy(logits, labels), weight=len(labels))
+        return {"labels": labels, "predictions": logits.argmax(1)}
 
     def on_validation_epoch_end(self) -> None:
         """Close the epoch's figures."""

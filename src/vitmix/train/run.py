@@ -14,7 +14,7 @@ import torch
 
 from vitmix.errors import InputError
 from vitmix.processes import alone
-from vitmix.train.callbacks import ConsoleProgress, MixedImages, WeightAverage
+from vitmix.train.callbacks import ConsoleProgress, MixedImages, Predictions, WeightAverage
 from vitmix.train.checkpoint import (
     LAST,
     load_trained,
@@ -179,7 +179,7 @@ def train_run(
         folder, steps=config.checkpoint_steps, minutes=config.checkpoint_minutes
     )
     states = RandomStates(mixing=mixing.generator, augment=generator)
-    callbacks = [states, checkpoints]
+    callbacks = [states, checkpoints, Predictions(folder / "predictions.npz", data.classes)]
     if processes.first:
         callbacks.insert(0, ConsoleProgress(label))
         if config.image_epochs:
