@@ -1,4 +1,4 @@
-"""The command line: ``vitmix train | evaluate | compare | report | models | ...``.
+"""The command line: ``vitmix train | evaluate | compare | report | bench | ...``.
 
 Only the standard library is imported here; each command imports what it needs when it runs.
 """
@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vitmix.errors import InputError, UnsupportedModelError, VitmixError
 
@@ -326,6 +326,71 @@ def _recipes(options: Any) -> None:
         print(as_table(find_recipes(pattern)), end="")
 
 
+def _configure_bench(parser: Parser) -> None:
+    parser.add(
+        "group",
+        str,
+        "targets",
+        "targets, steps, saliency, horizontal, pixels, pipeline, or all (under 20 minutes on two "
+        "cores)",
+    )
+    parser.add("--quick", bool, False, "few rounds, few and small comparisons (some minutes)")
+    parser.add("--seconds", float | None, None, "time for each comparison [10 to 240]")
+    parser.add("--rounds", int, 25, "rounds of a comparison at most")
+    parser.add("--model", str | None, None, "models, between commas")
+    parser.add("--batch-size", str | None, None, "batch sizes, between commas")
+    parser.add("--tokens", str | None, None, "horizontal: numbers of tokens, between commas")
+    parser.add("--variants", str | None, None, "variants, between commas; ratios are to the first")
+    parser.add("--precision", Literal["fp32", "bf16"], "fp32", "arithmetic of steps")
+    parser.add("--compile", bool, False, "steps: compile them")
+    parser.add("--device", str, "auto", "where to run: auto, cpu, cuda or mps")
+    parser.add("--threads", int | None, None, "threads of PyTorch on the CPU")
+    parser.add("--data", str, "fake", "pipeline: data set, as --data of vitmix train")
+    parser.add("--recipe", str, "cct7-cifar100", "pipeline: settings, see vitmix recipes")
+    parser.add("--workers", int, 2, "pipeline: loading processes")
+    parser.add("--json", str | None, None, "write every number to this file")
+    parser.add("--write", str | None, None, "renew the tables of this page: docs/benchmarks.md")
+
+
+def _bench(options: Any) -> None:
+    from pathlib import Path
+
+    import torch
+
+    from vitmix.bench.options import BenchOptions, numbers, words
+    from vitmix.bench.run import bench
+    from vitmix.train.provenance import pick_device
+
+    if options["rounds"] < 1:
+        raise InputError(f"expected --rounds to be at least 1, got {options['rounds']}")
+    chosen = BenchOptions(
+        device=pick_device(options["device"]),
+        precision=options["precision"],
+        compile=options["compile"],
+        models=words(options["model"]),
+        batch_sizes=numbers("--batch-size", options["batch_size"]),
+        tokens=numbers("--tokens", options["tokens"]),
+        variants=words(options["variants"]),
+        rounds=options["rounds"],
+        seconds=options["seconds"],
+        quick=options["quick"],
+        data=options["data"],
+        recipe=options["recipe"],
+        workers=options["workers"],
+    )
+    if options["threads"] is not None:
+        torch.set_num_threads(options["threads"])
+    files = {name: options[name] and Path(options[name]).expanduser() for name in ("json", "write")}
+    bench(
+        options["group"],
+        chosen,
+        say=partial(print, flush=True),
+        json_path=files["json"],
+        page=files["write"],
+        command=" ".join(["vitmix", *sys.argv[1:]]),
+    )
+
+
 def _configure_demo(parser: Parser) -> None:
     parser.add("--out", str, "demo", "folder to write to; an earlier demo there is replaced")
     parser.add("--epochs", int | None, None, "passes over the data (default: the demo's own)")
@@ -386,6 +451,12 @@ COMMANDS: dict[str, Command] = {
         "vitmix teach --data path/to/folder --checkpoint runs/plain --out maps",
         _configure_teach,
         _teach,
+    ),
+    "bench": Command(
+        "measure what mixing costs here, side by side with other ways",
+        "vitmix bench targets --quick",
+        _configure_bench,
+        _bench,
     ),
     "demo": Command(
         "compare five methods on handwritten digits and write one HTML page",

@@ -1,0 +1,139 @@
+"""The input pipeline beside whole training steps, and both together: what limits a run?
+
+Batches are read, cropped, mirrored, augmented, normalised and erased exactly as by
+``vitmix train``, with the published augmentation of a recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitmix.bench.measure import Comparison, Work
+from vitmix.bench.options import BenchOptions
+from vitmix.models import create_model
+from vitmix.train.config import TrainConfig
+from vitmix.train.data import ImageData, load_data
+from vitmix.train.loading import make_augment, make_loader
+from vitmix.train.recipes import get_recipe, settings_under
+from vitmix.train.stages import build_mixing
+
+__all__ = ["comparisons"]
+
+# Batches of a turn: a loader works ahead, so that one alone would say nothing.
+_BATCHES = 4
+
+
+def comparisons(options: BenchOptions) -> Iterator[Comparison]:
+    """The pipeline of a recipe; the base is the plain step, all counted by the batch."""
+    given: dict[str, Any] = {
+        "recipe": options.recipe,
+        "data": options.data,
+        "workers": options.workers,
+        "precision": options.precision,
+        "device": options.device,
+    }
+    if options.data == "fake":
+        given["data"] = get_recipe(options.recipe).fake_data()
+    if options.models:
+        given["model"] = options.models[0]
+    size = options.batch_sizes[0] if options.batch_sizes else 8 if options.quick else 0
+    if size:
+        given["batch_size"] = size
+    config = TrainConfig.from_dict({**settings_under(given), **given})
+    data = load_data(config)
+    augment = make_augment(data, config, torch.Generator().manual_seed(0), train=True)
+    stream = _batches(data, config, augment, options.device)
+    images, targets = next(stream)
+    images, batches = images.clone(), 1 if options.quick else _BATCHES
+
+    def feed() -> None:
+        for _ in range(batches):
+            next(stream)
+
+    def end_to_end(step: Callable[[Tensor, Tensor], None]) -> None:
+        for _ in range(batches):
+            step(*next(stream))
+
+    def step_alone(step: Callable[[Tensor, Tensor], None]) -> None:
+        for _ in range(batches):
+            step(images, targets)
+
+    def plain() -> Work:
+        return partial(step_alone, _step(data, config, options.device, mixed=False))
+
+    def all_of_it() -> Work:
+        return partial(end_to_end, _step(data, config, options.device, mixed=True))
+
+    def figures(results: Any) -> dict[str, dict[str, float]]:
+        work = _operations(data, config, images)
+        return {"step": {"GFLOP/image": work / len(images) / 1e9}}
+
+    yield Comparison(
+        "pipeline",
+        f"{config.recipe}, {config.model}, batch {config.batch_size}, {config.precision}, "
+        f"{config.workers} workers",
+        "step",
+        {"step": plain, "pipeline": lambda: feed, "end to end": all_of_it},
+        options.time(60),
+        {"data": str(config.data), "train_images": len(data.train), **given},
+        images=batches * len(images),
+        figures=figures,
+    )
+
+
+def _batches(
+    data: ImageData, config: TrainConfig, augment: Any, device: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches as a step takes them, without end."""
+    loader = make_loader(data, config, train=True)
+    while True:
+        for batch in loader:
+            images, targets = (part.to(device, non_blocking=True) for part in batch[:2])
+            images = augment(images)
+            if config.channels_last:
+                images = images.to(memory_format=torch.channels_last)
+            yield images, targets
+
+
+def _step(
+    data: ImageData, config: TrainConfig, device: str, *, mixed: bool
+) -> Callable[[Tensor, Tensor], None]:
+    """A function that does one training step: the plain one, or that of the recipe."""
+    torch.manual_seed(0)
+    classes = len(data.classes)
+    model = create_model(config.model, num_classes=classes, img_size=data.img_size).to(device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    mixing = None
+    if mixed:
+        mixing = build_mixing(model, config, num_classes=classes, img_size=data.img_size)
+    trained = (model if mixing is None else mixing).to(device).train()
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-5)
+
+    def step(images: Tensor, targets: Tensor) -> None:
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+            if mixing is None:
+                loss = torch.nn.functional.cross_entropy(model(images), targets)
+            else:
+                loss = mixing(images, targets).loss()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _operations(data: ImageData, config: TrainConfig, images: Tensor) -> int:
+    """Floating-point operations of matrix products in one plain step."""
+    with torch.device("meta"):
+        model = create_model(config.model, num_classes=len(data.classes), img_size=data.img_size)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(images.shape)).sum().backward()
+    total: int = counter.get_total_flops()
+    return total
