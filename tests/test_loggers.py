@@ -177,6 +177,11 @@ def test_speed_leaves_pauses_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0.01 < values["speed/memory_gib"] < 1000
 
 
+def make_mixing() -> vitmix.MixingModel:
+    model = vitmix.models.create_model("cct_2_3x2_32", num_classes=10, img_size=16)
+    return vitmix.MixingModel(model, tokens=[vitmix.HorizontalTokenMixup(block=1)], num_classes=10)
+
+
 def test_partners_of_other_processes_are_not_shown() -> None:
     """The second of two processes shows those of its samples whose partner it has."""
     data = load_data(TrainConfig(train_limit=64, img_size=16))
@@ -186,15 +191,17 @@ def test_partners_of_other_processes_are_not_shown() -> None:
     replace_[:, :8] = True
     plan = HorizontalPlan(partner, replace_, torch.full((4,), 0.5))
     sources = torch.stack((torch.arange(4, 8), partner), 1)
-    trace = MixTrace(images, sources=sources, horizontal={1: plan})
+    weights = torch.tensor([[1.0, 0.0]]).expand(4, -1)
+    trace = MixTrace(images, sources=sources, weights=weights, horizontal={1: plan})
     targets = torch.full((4, 10), 0.1)
     out = vitmix.MixOutput(targets, targets, torch.zeros(()), {}, trace)
-    shown = telling_examples(out, images, torch.tensor([1, 2, 3, 4]), data, 0.1)
-    assert sorted((e.own_class, e.partner_class) for e in shown) == [
+    mixing = make_mixing()
+    shown = telling_examples(out, images, torch.tensor([1, 2, 3, 4]), data, mixing)
+    assert sorted(e.names for e in shown) == [
         (data.classes[1], data.classes[2]),
         (data.classes[3], data.classes[4]),
         (data.classes[4], data.classes[3]),
     ]
     here = replace(trace, sources=sources - 4, horizontal={1: plan._replace(partner=partner % 4)})
     alone = vitmix.MixOutput(targets, targets, torch.zeros(()), {}, here)
-    assert len(telling_examples(alone, images, torch.tensor([1, 2, 3, 4]), data, 0.1)) == 4
+    assert len(telling_examples(alone, images, torch.tensor([1, 2, 3, 4]), data, mixing)) == 4

@@ -1,4 +1,4 @@
-"""The command line: ``vitmix train | evaluate | compare | report | bench | ...``.
+"""The command line: ``vitmix train | evaluate | compare | preview | report | bench | ...``.
 
 Only the standard library is imported here; each command imports what it needs when it runs.
 """
@@ -309,6 +309,29 @@ def _teach(options: Any) -> None:
     print(f"{len(maps)} maps of {rows}x{columns} in {maps.folder}")
 
 
+def _configure_preview(parser: Parser) -> None:
+    from vitmix.train.config import PREVIEW_OPTIONS, TrainConfig
+    from vitmix.train.recipes import settings_under
+
+    parser.add("--out", str, "preview.png", "picture to write: *.png, *.pdf or *.svg")
+    parser.add(
+        "--checkpoint", str | None, None, "run folder or checkpoint: its model, data and method"
+    )
+    parser.add("--samples", int, 3, "samples to show, of a batch of --batch-size (16)")
+    parser.add_config(TrainConfig, only=PREVIEW_OPTIONS, base=settings_under)
+
+
+def _preview(options: Any) -> None:
+    from vitmix.evaluate.preview import make_preview
+
+    out, checkpoint, samples = (options.pop(name) for name in ("out", "checkpoint", "samples"))
+    shown = make_preview(options, checkpoint, samples)
+    path = shown.save(out)
+    if shown.note:
+        print(shown.note)
+    print(f"preview {path}")
+
+
 def _configure_recipes(parser: Parser) -> None:
     parser.add("pattern", str | None, None, "show one recipe, or list those that have this in them")
     parser.add("--markdown", bool, False, "print the page of all recipes: docs/recipes.md")
@@ -433,6 +456,12 @@ COMMANDS: dict[str, Command] = {
         "vitmix compare --data digits --methods none,cutmix,tl-align --seeds 3 --epochs 10",
         _configure_compare,
         _compare,
+    ),
+    "preview": Command(
+        "show what a method mixes, as a picture of some images, tokens and labels",
+        "vitmix preview --data photos --model vit_small_patch16_224 --method tokenmixup",
+        _configure_preview,
+        _preview,
     ),
     "report": Command(
         "write one HTML page about finished runs",

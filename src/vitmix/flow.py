@@ -63,12 +63,17 @@ class Flow:
         follow_shares: whether shares are carried through attention.
         attention_block: block whose saliency is kept in ``attention``, or None.
         recomputes: whether blocks run a second time in the backward pass (gradient checkpointing).
+        keep_history: whether to keep the mixture after every block.
 
     Attributes:
         mixture: sources and shares as they are now.
         targets: ``(B, C)`` labels as the token stages have mixed them so far.
         outcomes: what each mixer decided, by block.
         attention: ``(B, N)`` saliency of ``attention_block``, on the grid of the first block.
+        selected: for each vertical stage, by the block that tokens come from, the positions
+            ``(B, kappa)`` of those that were selected in the sequence.
+        history: with ``keep_history``, the token grid and the mixture at the input, then behind
+            every block.
         replay: with ``recomputes``, the hooks that wait for the backward pass.
     """
 
@@ -84,9 +89,13 @@ class Flow:
         follow_shares: bool,
         attention_block: int | None,
         recomputes: bool = False,
+        keep_history: bool = False,
     ) -> None:
         self.backbone = backbone
         self.mixture = mixture
+        self.history: list[tuple[Grid, Mixture]] | None = (
+            [(grid, mixture)] if keep_history else None
+        )
         self.targets = targets
         self.outcomes: list[tuple[int, TokenMixer, TokenOutcome]] = []
         self.attention: Tensor | None = None
@@ -100,6 +109,9 @@ class Flow:
         self.replay: Replay | None = None
         self._collected: dict[VerticalTokenMixup, list[tuple[Tensor, Tensor]]] = {
             stage: [] for stages in verticals.values() for stage in stages
+        }
+        self.selected: dict[VerticalTokenMixup, dict[int, Tensor]] = {
+            stage: {} for stage in self._collected
         }
         self._last_vertical = max(verticals, default=-1)
         self._paused = False
@@ -267,6 +279,8 @@ class Flow:
         if self._reach.result_grid != self._grid:
             self._grid = self._reach.result_grid
             self._grids.append(self._grid)
+        if self.history is not None:
+            self.history.append((self._grid, self.mixture))
 
     def keep_scores(self, output: Tensor) -> None:
         """Keep the scores of the pooling."""
@@ -332,6 +346,7 @@ class Flow:
                 with self._own_graph():
                     kept = take_tokens(tokens, chosen)
                 parts.append((kept, take_tokens(self.mixture.shares, chosen)))
+                self.selected[stage][index] = chosen
 
     @torch.no_grad()
     def _saliency_ahead(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from vitmix.backbones import Backbone, describe, describe_pixels
 from vitmix.compilation import inlined, interpreted, passed_over, uncompiled
 from vitmix.errors import InputError, UnsupportedModelError
 from vitmix.flow import Flow
+from vitmix.functional.grids import Grid
 from vitmix.functional.horizontal import HorizontalPlan
 from vitmix.functional.mixture import Mixture
 from vitmix.functional.pixel_plan import PixelPlan
@@ -35,7 +36,26 @@ from vitmix.tokens import (
 )
 from vitmix.weights import write_weights
 
-__all__ = ["MixOutput", "MixTrace", "MixingModel"]
+if TYPE_CHECKING:
+    from vitmix.preview import Preview
+
+__all__ = ["MixOutput", "MixTrace", "MixingModel", "StepRecord"]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What is kept of a step only on request: ``mixing(images, targets, record=True)``.
+
+    Attributes:
+        evidence: what label rules may look at, as far as the model supports it: attention of the
+            last block (or the one that the rule in use asks for) and pooled shares, too.
+        mixture: sources and shares behind the last block, as followed by TL-Align.
+        history: token grid and mixture at the input, then behind every block.
+    """
+
+    evidence: LabelEvidence
+    mixture: Mixture
+    history: tuple[tuple[Grid, Mixture], ...]
 
 
 @dataclass(frozen=True)
@@ -48,18 +68,29 @@ class MixTrace:
         sources: ``(B, K)`` int64, samples of the batch in each target; None in evaluation. With
             ``gather=True`` they count over the batches of all processes, and so do partners in
             ``horizontal``.
-        weights: ``(B, K)`` weight of each source's label by the label rule, or None. For rules that
-            don't follow shares, token stages mix the targets afterwards.
+        weights: ``(B, K)`` weight of each source's label by the label rule, or None.
+        weights_cover_tokens: whether that is all of the target, as for rules that follow shares;
+            else token stages mix the targets afterwards.
         horizontal: plan of each horizontal stage, by block.
         blended: plan of each manifold stage, by block.
+        saliency: ``(B, N)`` that the plan of each horizontal stage was made by, by block.
+        difficulty: ``(B,)`` ScoreNet's cross-entropy in nats, likewise.
+        selected: for each block of vertical mixing, by the block that tokens come from, which of
+            the N image tokens were selected, ``(B, kappa)`` int64, most salient first.
+        record: more, on request.
     """
 
     images: Tensor
     pixels: PixelPlan | None = None
     sources: Tensor | None = None
     weights: Tensor | None = None
+    weights_cover_tokens: bool = False
     horizontal: dict[int, HorizontalPlan] = field(default_factory=dict)
     blended: dict[int, BlendPlan] = field(default_factory=dict)
+    saliency: dict[int, Tensor] = field(default_factory=dict)
+    difficulty: dict[int, Tensor] = field(default_factory=dict)
+    selected: dict[int, dict[int, Tensor]] = field(default_factory=dict)
+    record: StepRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -266,6 +297,57 @@ class MixingModel(nn.Module):
         """
         return write_weights(self.model, path)
 
+    def preview(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        *,
+        maps: Tensor | None = None,
+        classes: Sequence[str] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        samples: int | Sequence[int] = 3,
+        seed: int = 0,
+        title: str = "",
+    ) -> Preview:
+        """See what a training step would do to a batch.
+
+        Nothing is changed by it: neither the model, nor thresholds, nor draws to come.
+
+        Args:
+            images: ``(B, C, H, W)`` as the model takes them.
+            targets: ``(B,)`` class indices or ``(B, C)`` soft labels.
+            maps: as in a step.
+            classes: names of the classes.
+            mean: that the images were normalised by, and ``std``, so that they look right; without
+                them their range of values is stretched.
+            std: standard deviations.
+            samples: how many to show, those first that are mixed most evenly with another class; or
+                their places in the batch.
+            seed: of the draws.
+            title: heading of the picture.
+
+        Returns:
+            The samples as arrays; a picture in notebooks, and by ``.save("preview.png")``.
+
+        Raises:
+            InputError: arguments that don't fit.
+
+        Example:
+            >>> import vitmix
+            >>> model = vitmix.models.create_model("cct_2_3x2_32", num_classes=10, img_size=32)
+            >>> mixing = vitmix.MixingModel(model, mix=vitmix.CutMix(), num_classes=10)
+            >>> shown = mixing.preview(torch.rand(4, 3, 32, 32), torch.arange(4), samples=2)
+            >>> shown.samples[0].mixed.shape
+            torch.Size([32, 32, 3])
+        """
+        from vitmix.preview import preview
+
+        return preview(
+            self, images, targets, maps=maps, classes=classes, mean=mean, std=std,
+            samples=samples, seed=seed, title=title,
+        )  # fmt: skip
+
     def __getstate__(self) -> dict[str, Any]:
         # Passes that wait for their backward belong to this process and this copy.
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
@@ -279,7 +361,12 @@ class MixingModel(nn.Module):
 
     @passed_over
     def forward(
-        self, images: Tensor, targets: Tensor | None = None, *, maps: Tensor | None = None
+        self,
+        images: Tensor,
+        targets: Tensor | None = None,
+        *,
+        maps: Tensor | None = None,
+        record: bool = False,
     ) -> Any:
         """Mix and run the model.
 
@@ -288,6 +375,8 @@ class MixingModel(nn.Module):
             targets: ``(B,)`` class indices or ``(B, C)`` soft labels; only evaluation goes without.
             maps: for ``TeacherLabels(maps=...)`` in training: activation maps of the images
                 ``(B, h, w)``, or their rows in the stored maps ``(B,)`` int64.
+            record: follow shares and read attention whatever the label rule needs, and keep them
+                in ``trace.record``; the step is otherwise the same, but for rounding.
 
         Returns:
             A :class:`MixOutput`; in evaluation mode without targets, what the model returns.
@@ -300,7 +389,7 @@ class MixingModel(nn.Module):
             return self._evaluated(images, targets, self.model(images))
         if torch.compiler.is_compiling():
             raise inlined()
-        step = self._begin(images, targets, maps)
+        step = self._begin(images, targets, maps, record)
         run = self._pass if step.compilable else self._pass_uncompiled
         try:
             output = run(step.flow, step.images)
@@ -328,7 +417,9 @@ class MixingModel(nn.Module):
             return self.model(images)
 
     @interpreted
-    def _begin(self, images: Tensor, targets: Tensor | None, maps: Tensor | None) -> _Step:
+    def _begin(
+        self, images: Tensor, targets: Tensor | None, maps: Tensor | None, record: bool
+    ) -> _Step:
         """Do all that comes before the pass, hooks last."""
         if targets is None:
             raise InputError(
@@ -359,7 +450,7 @@ class MixingModel(nn.Module):
         # weights are only known afterwards.
         first_rule = self.labels if self.labels.known_before_forward else AreaLabels()
         weights = first_rule.weights(evidence)
-        flow = self._flow(fed, mixture, mixture.targets(weights, soft), grid)
+        flow = self._flow(fed, mixture, mixture.targets(weights, soft), grid, record)
         self._forget_finished_passes()
         self._relay.install(flow)
         compilable = not (flow.recomputes or self._gathers)
@@ -374,6 +465,10 @@ class MixingModel(nn.Module):
             self._replays.append(flow.replay)
         logits = logits_of(output)
         self._require_logits(logits)
+        record = None
+        if flow.history is not None:
+            seen = replace(evidence, attention=flow.attention, pooled_shares=flow.pooled_shares())
+            record = StepRecord(seen, flow.mixture, tuple(flow.history))
         if not self.labels.known_before_forward:
             evidence = replace(
                 evidence,
@@ -386,7 +481,13 @@ class MixingModel(nn.Module):
         if not self.labels.follows_shares:
             for _, _, outcome in flow.outcomes:
                 targets = outcome.mix_targets(targets)
-        trace = _trace(step.images, evidence.pixels, evidence.mixture, weights, flow)
+        trace = replace(
+            _trace(step.images, evidence.pixels, flow),
+            sources=evidence.mixture.sources,
+            weights=weights,
+            weights_cover_tokens=self.labels.follows_shares,
+            record=record,
+        )
         losses = [outcome.loss for _, _, outcome in flow.outcomes if outcome.loss is not None]
         aux_loss = torch.stack(losses).sum() if losses else step.soft.new_zeros(())
         stats = _stats(evidence.pixels, weights, flow)
@@ -405,7 +506,9 @@ class MixingModel(nn.Module):
         sources = mixture.sources + process_rank() * len(soft)
         return mixture._replace(sources=sources), gather(soft)
 
-    def _flow(self, fed: Tensor, mixture: Mixture, targets: Tensor, grid: tuple[int, int]) -> Flow:
+    def _flow(
+        self, fed: Tensor, mixture: Mixture, targets: Tensor, grid: Grid, record: bool
+    ) -> Flow:
         mixers: dict[int, list[tuple[TokenMixer, Given]]] = {}
         verticals: dict[int, list[VerticalTokenMixup]] = {}
         for stage in self.tokens:
@@ -428,6 +531,12 @@ class MixingModel(nn.Module):
                     saliency = gradient_saliency(self.model, self.backbone, block, fed, targets)
                     given = given._replace(saliency=saliency)
                 mixers.setdefault(block, []).append((stage, given.to(fed.device)))
+        follow_shares, attention_block = self.labels.follows_shares, self.labels.attention_block
+        if record and self.backbone.depth:
+            follow_shares |= self.backbone.alignment_reason is None
+            attention_block = -1 if attention_block is None else attention_block
+        if attention_block is not None:
+            attention_block %= self.backbone.depth
         return Flow(
             self.backbone,
             mixture,
@@ -435,13 +544,10 @@ class MixingModel(nn.Module):
             grid,
             mixers=mixers,
             verticals=verticals,
-            follow_shares=self.labels.follows_shares,
-            attention_block=(
-                None
-                if self.labels.attention_block is None
-                else self.labels.attention_block % self.backbone.depth
-            ),
+            follow_shares=follow_shares,
+            attention_block=attention_block,
             recomputes=self.backbone.recomputes() and torch.is_grad_enabled(),
+            keep_history=record,
         )
 
     def _require_maps(self, maps: Tensor | None, count: int) -> None:
@@ -471,17 +577,22 @@ class MixingModel(nn.Module):
                 )
 
 
-def _trace(
-    fed: Tensor, plan: PixelPlan | None, mixture: Mixture, weights: Tensor, flow: Flow
-) -> MixTrace:
-    horizontal: dict[int, HorizontalPlan] = {}
-    blended: dict[int, BlendPlan] = {}
+def _trace(fed: Tensor, plan: PixelPlan | None, flow: Flow) -> MixTrace:
+    trace = MixTrace(fed, plan)
     for block, _, outcome in flow.outcomes:
         if isinstance(outcome.plan, HorizontalPlan):
-            horizontal[block] = outcome.plan
+            trace.horizontal[block] = outcome.plan
         else:
-            blended[block] = outcome.plan
-    return MixTrace(fed, plan, mixture.sources, weights, horizontal, blended)
+            trace.blended[block] = outcome.plan
+        if outcome.saliency is not None and outcome.difficulty is not None:
+            trace.saliency[block], trace.difficulty[block] = outcome.saliency, outcome.difficulty
+    prefix = flow.backbone.num_prefix_tokens
+    for block, stages in flow.verticals.items():
+        trace.selected[block] = {
+            index: torch.cat([flow.selected[stage][index] for stage in stages], 1) - prefix
+            for index in flow.selected[stages[0]]
+        }
+    return trace
 
 
 def _stats(plan: PixelPlan | None, weights: Tensor, flow: Flow) -> dict[str, Tensor]:

@@ -106,12 +106,16 @@ class TokenOutcome:
         stats: scalars without gradient, for logging.
         exchange: where partners of other processes come from; the plan's ``partner`` then counts
             over the batches of all processes. None: partners are in the batch.
+        saliency: ``(B, N)`` that the plan was made by, or None.
+        difficulty: ``(B,)`` nats, what ScoreNet made of each sample, or None.
     """
 
     plan: HorizontalPlan | BlendPlan
     loss: Tensor | None
     stats: dict[str, Tensor]
     exchange: Exchange | None = None
+    saliency: Tensor | None = None
+    difficulty: Tensor | None = None
 
     def mix_tokens(self, tokens: Tensor, num_prefix_tokens: int) -> Tensor:
         """Mix tokens ``(B, T, D)``."""
@@ -337,9 +341,10 @@ class HorizontalTokenMixup(TokenMixer):
                 stats["rho"] = torch.as_tensor(rho)
             if exchange is not None:
                 plan = HorizontalPlan(*map(exchange.own, plan))
+                saliency, difficulty = exchange.own(saliency), exchange.own(difficulty)
         # The loss enters every step, so that ScoreNet's parameters always have a gradient.
         loss = self.scorenet_weight * soft_cross_entropy(scores, context.targets)
-        return TokenOutcome(plan, loss, stats, exchange)
+        return TokenOutcome(plan, loss, stats, exchange, saliency, difficulty)
 
     def _saliency(self, context: TokenContext) -> Tensor:
         if self.saliency == "attention":

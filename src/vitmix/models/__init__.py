@@ -13,7 +13,7 @@ from vitmix.models.released import LoadedWeights, load_released
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["CCT", "LoadedWeights", "cct_names", "create_model", "load_released"]
+__all__ = ["CCT", "LoadedWeights", "cct_names", "create_model", "input_side", "load_released"]
 
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 
@@ -55,6 +55,24 @@ def create_model(
     model = _create_timm(name, num_classes, img_size, kwargs)
     _check_patches(name, model, img_size)
     return model
+
+
+def input_side(name: str) -> int:
+    """Side in pixels of the images that a model is registered for; 224 where nothing says so.
+
+    Args:
+        name: as `create_model` takes it.
+
+    Example:
+        >>> input_side("cct_7_3x1_32")
+        32
+    """
+    if name in cct_names():
+        return int(name.rsplit("_", 1)[1])
+    import timm
+
+    facts: Any = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    return 224 if facts is None else int(facts.input_size[-1])
 
 
 def _create_timm(

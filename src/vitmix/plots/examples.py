@@ -1,49 +1,51 @@
-"""Pictures of what was mixed: original, partner, mask, mixed image, target."""
+"""Pictures of what was mixed: whose pixels, whose tokens, and whose label."""
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
+import matplotlib.patheffects as effects
+import numpy as np
 import torch
-from matplotlib.colors import ListedColormap
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Rectangle
 
-from vitmix.plots.style import OWN, PARTNER, Theme
+from vitmix.plots.style import COLOURS, HATCHES, Theme
+from vitmix.preview import (
+    Preview,
+    Sample,
+    Selection,
+    Step,
+    choose_rows,
+    make_samples,
+    rule_name,
+    shown_as,
+)
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from torch import Tensor
 
-    from vitmix import MixOutput
+    from vitmix import MixingModel, MixOutput
     from vitmix.train.data import ImageData
     from vitmix.train.module import MixingTask
 
-__all__ = ["Example", "collect_examples", "examples_figure", "telling_examples"]
+__all__ = ["collect_examples", "examples_figure", "preview_figure", "telling_examples"]
 
-
-@dataclass(frozen=True)
-class Example:
-    """One mixed sample; images are ``(H, W, 3)`` in [0, 1]."""
-
-    original: Tensor
-    partner: Tensor
-    own: Tensor  # (H, W), share of the own image
-    mixed: Tensor
-    own_class: str
-    partner_class: str
-    target: list[tuple[str, float]]  # classes and weights, the largest first
-    stage: str  # "pixels" or "tokens at block N"
+# Inches.
+PANEL, GAP, MARGIN = 1.45, 0.1, 0.22
+HEAD, CAPTION, TARGET = 0.25, 0.19, 2.7
+ROLES = ("own", "partner", "third image", "fourth image")
 
 
 @torch.no_grad()
-def collect_examples(task: MixingTask, data: ImageData, count: int = 4) -> list[Example]:
-    """Mix a few training batches anew, and keep a telling sample of each.
-
-    Token mixing has no image of its own: the tokens that were replaced are shown as the patches of
-    the image that they stand for.
-    """
+def collect_examples(task: MixingTask, data: ImageData, count: int = 4) -> list[Sample]:
+    """Mix a few training batches anew, and keep a telling sample of each."""
     images = data.train.images
     if images is None:
         return []
@@ -51,22 +53,29 @@ def collect_examples(task: MixingTask, data: ImageData, count: int = 4) -> list[
     device = next(mixing.parameters()).device
     size = min(config.batch_size, len(images))
     generator = torch.Generator().manual_seed(config.seed)
-    mixing.train()
-    chosen = []
-    for _ in range(count):
+    chosen: list[Sample] = []
+    for draw in range(count):
         rows = torch.randperm(len(images), generator=generator)[:size]
         labels = data.train.labels[rows].to(device)
         maps = data.maps_of(rows) if mixing.labels.needs_maps else None
         batch, maps = task.augment.with_maps(images[rows].to(device), maps)
-        best: tuple[float, Example] | None = None
-        for _ in range(3):  # draws are often one for a whole batch
-            out = mixing(batch, labels, maps=maps)
-            found = _most_mixed(out, batch, labels, data, config.smoothing, 1)
-            best = max([*found, *([best] if best else [])], key=itemgetter(0), default=None)
-        if best is not None:
-            chosen.append(best[1])
-    mixing.eval()
+        # Draws are often one for a whole batch: of three, the one that mixes most.
+        shown = [
+            mixing.preview(
+                batch, labels, maps=maps, classes=data.classes, mean=data.mean, std=data.std,
+                samples=1, seed=config.seed + 3 * draw + attempt,
+            ).samples[0]
+            for attempt in range(3)
+        ]  # fmt: skip
+        best = max(shown, key=_evenness)
+        if best.steps:
+            chosen.append(best)
     return chosen
+
+
+def _evenness(sample: Sample) -> float:
+    own = float(sample.shares[..., 0].mean())
+    return own * (1 - own)
 
 
 def telling_examples(
@@ -74,9 +83,9 @@ def telling_examples(
     images: Tensor,
     labels: Tensor,
     data: ImageData,
-    smoothing: float,
+    mixing: MixingModel,
     count: int = 4,
-) -> list[Example]:
+) -> list[Sample]:
     """Samples of a training step, those first that are mixed most evenly.
 
     Args:
@@ -84,150 +93,406 @@ def telling_examples(
         images: ``(B, 3, H, W)`` before mixing.
         labels: ``(B,)``.
         data: names of classes, and how the images were normalised.
-        smoothing: label smoothing in the targets.
+        mixing: what took the step.
         count: samples at most.
     """
-    return [example for _, example in _most_mixed(out, images, labels, data, smoothing, count)]
+    rows = choose_rows(out.trace, labels, count)
+    return make_samples(
+        out.trace, shown_as(images, data.mean, data.std),
+        shown_as(out.trace.images, data.mean, data.std),
+        [data.classes[label] for label in labels.tolist()], rows, mixing.backbone,
+        rule_name(mixing),
+    )  # fmt: skip
 
 
-@torch.no_grad()
-def _most_mixed(
-    out: MixOutput, images: Tensor, labels: Tensor, data: ImageData, smoothing: float, count: int
-) -> list[tuple[float, Example]]:
-    """Samples that are mixed most evenly with one of another class, and how evenly."""
-    trace = out.trace
-    fed = trace.images
-    own = torch.ones(len(images), *images.shape[2:], device=images.device)
-    partner = torch.arange(len(images), device=images.device)
-    stage = ""
-    if trace.pixels is not None:
-        own = _raster(trace.pixels.own, images.shape).to(images.device)
-        partner, stage = trace.pixels.partner.to(images.device), "pixels"
-    here = torch.ones(len(images), dtype=torch.bool, device=images.device)
-    for block, plan in trace.horizontal.items():
-        # With partners from all processes, only those of this one can be shown.
-        others = plan.partner - (0 if trace.sources is None else int(trace.sources[0, 0]))
-        here &= (others >= 0) & (others < len(images))
-        others = others.clamp(0, len(images) - 1)
-        replaced = _grid(plan.replace, images.shape)
-        fed = torch.where(replaced[:, None], fed[others], fed)
-        if not stage:
-            own = torch.where(replaced, torch.zeros_like(own), own)
-            partner, stage = others, f"tokens at block {block}"
-    for block, blend in trace.blended.items():
-        weight = blend.own_weight[:, None, None]
-        fed = torch.lerp(fed[blend.partner], fed, weight[:, None].to(fed))
-        if not stage:
-            own, partner = own * weight, blend.partner
-            stage = f"tokens at block {block}"
-    if not stage:
-        return []
-    share = own.mean((1, 2))
-    evenness = share * (1 - share) * (labels != labels[partner]) * here
-    found = []
-    for sample in evenness.topk(min(count, len(evenness))).indices.tolist():
-        if not evenness[sample] > 0:
-            break
-        other = int(partner[sample])
-        example = Example(
-            _shown(images[sample], data), _shown(images[other], data), own[sample].cpu(),
-            _shown(fed[sample], data), data.classes[int(labels[sample])],
-            data.classes[int(labels[other])], _named(out.targets[sample], data, smoothing), stage,
-        )  # fmt: skip
-        found.append((float(evenness[sample]), example))
-    return found
+# --- figures
 
 
-def _named(target: Tensor, data: ImageData, smoothing: float) -> list[tuple[str, float]]:
-    """The classes of a target and their weights without smoothing, three at most."""
-    weights, classes = ((target.float() - smoothing / len(data.classes)) / (1 - smoothing)).topk(
-        min(3, len(data.classes))
-    )
-    return [
-        (data.classes[int(index)], float(weight))
-        for weight, index in zip(weights, classes, strict=True)
-        if weight > 0.005
-    ]
-
-
-def _raster(cells: Tensor, shape: torch.Size) -> Tensor:
-    """Shares ``(B or 1, h, w)`` on the pixels ``(B, H, W)``."""
-    rows = torch.arange(shape[2]) * cells.shape[1] // shape[2]
-    columns = torch.arange(shape[3]) * cells.shape[2] // shape[3]
-    return cells.cpu()[:, rows][:, :, columns].expand(shape[0], -1, -1)
-
-
-def _grid(replace: Tensor, shape: torch.Size) -> Tensor:
-    """Replaced tokens ``(B, N)`` as pixels; the grid is as square as the image."""
-    side = round((replace.shape[1] * shape[2] / shape[3]) ** 0.5)
-    cells = replace.view(len(replace), side, -1)
-    return _raster(cells.float(), shape).to(replace.device) > 0.5
-
-
-def _shown(image: Tensor, data: ImageData) -> Tensor:
-    """A normalised image as it looks."""
-    mean, std = torch.tensor(data.mean), torch.tensor(data.std)
-    return (image.cpu().permute(1, 2, 0) * std + mean).clamp(0, 1)
-
-
-def examples_figure(examples: list[Example], theme: Theme, title: str = "") -> Figure:
-    """One row an example: original, partner, mask, mixed image, target as bars."""
-    count = len(examples)
-    layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03)
-    figure = Figure(figsize=(6.4, 1.15 * count + 0.5), layout=layout)
-    grid = figure.subplots(count, 5, squeeze=False, width_ratios=[1, 1, 1, 1, 1.7])
+def examples_figure(examples: Sequence[Sample], theme: Theme, title: str = "") -> Figure:
+    """One row an example: original, partner, whose pixels, mixed image, target as bars."""
+    height = len(examples) * (PANEL + CAPTION + GAP / 2) + (HEAD if title else 0)
+    sheet = _Sheet(4, height, theme)
     if title:
-        figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    for row, (axes, example) in enumerate(zip(grid, examples, strict=True)):
-        panels: list[tuple[Any, str | None]] = [
-            (example.original, OWN), (example.partner, PARTNER), (example.own, None),
-            (example.mixed, None),
-        ]  # fmt: skip
-        heads = ("original", "partner", "mask", "mixed", "target")
-        for axis, (picture, frame) in zip(axes, panels, strict=False):
-            if picture.ndim == 2:
-                axis.imshow(picture.numpy(), cmap=ListedColormap(_ramp()), vmin=0, vmax=1)
-            else:
-                axis.imshow(picture.numpy())
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.grid(False)
-            for spine in axis.spines.values():
-                spine.set_visible(frame is not None)
-                if frame is not None:
-                    spine.set_color(frame)
-                    spine.set_linewidth(2.5)
-        _bars(axes[4], example, theme)
-        if row == 0:
-            for axis, head in zip(axes, heads, strict=True):
-                side = "left" if head == "target" else "center"
-                axis.set_title(head, fontsize=9, loc=side)
-    return figure
+        sheet.head(title, bold=True)
+    for number, example in enumerate(examples):
+        panels = [_original(example)]
+        if example.steps:
+            first = example.steps[0]
+            panels.append(_partner(example, first))
+        panels += [_whose("whose", example.shares), _mixed("mixed", example.mixed, example.shares)]
+        top = sheet.row(panels, captions=number == 0 or len(panels) < 4)
+        sheet.target(example, top, PANEL, compact=True)
+    return sheet.figure
 
 
-def _ramp() -> list[Any]:
-    """Colours from all partner to all own."""
-    from matplotlib.colors import to_rgb
-
-    low, high = to_rgb(PARTNER), to_rgb(OWN)
-    return [
-        tuple(a + (b - a) * step / 63 for a, b in zip(low, high, strict=True)) for step in range(64)
+def preview_figure(preview: Preview, theme: Theme) -> Figure:
+    """Every sample with what each stage did to it, a line a stage, and its target."""
+    cards = [_card(sample) for sample in preview.samples]
+    columns = max((len(line.panels) for card in cards for line in card), default=1)
+    notes = textwrap.wrap(preview.note, int(_width(columns) / 0.075))
+    heights = [
+        max(len(card) * (HEAD + CAPTION + PANEL + GAP / 2), _target_height(sample)) + 0.2
+        for card, sample in zip(cards, preview.samples, strict=True)
     ]
+    top = (HEAD if preview.title else 0) + HEAD + 0.17 * len(notes) + (0.1 if notes else 0)
+    sheet = _Sheet(columns, sum(heights) + top, theme)
+    if preview.title:
+        sheet.head(preview.title, bold=True)
+    heated = any(step.saliency is not None for s in preview.samples for step in s.steps)
+    sheet.legend(max((len(sample.names) for sample in preview.samples), default=1), heated)
+    sheet.notes(notes)
+    for card, sample, height in zip(cards, preview.samples, heights, strict=True):
+        begin = sheet.rule()
+        for line in card:
+            sheet.head(line.title)
+            sheet.row(line.panels)
+        sheet.target(sample, begin, height)
+        sheet.top = begin + height
+    return sheet.figure
 
 
-def _bars(axis: Any, example: Example, theme: Theme) -> None:
-    names = [name for name, _ in example.target]
-    weights = [100 * weight for _, weight in example.target]
-    colours = [
-        OWN if name == example.own_class else PARTNER if name == example.partner_class
-        else theme.faint for name in names
-    ]  # fmt: skip
-    places = list(range(len(names)))
-    axis.barh(places, weights, color=colours, height=0.5)
-    for place, (name, weight) in enumerate(zip(names, weights, strict=True)):
-        axis.text(0, place - 0.32, f"{name}  {weight:.0f}%", fontsize=8.5, va="bottom")
-    share = 100 * float(example.own.mean())
-    axis.text(0, len(names) - 0.3, f"{share:.0f}% of the area is own", fontsize=7.5, va="center")
-    axis.set_xlim(0, 100)
-    axis.set_ylim(2.9, -0.85)
-    axis.axis("off")
+@dataclass(frozen=True)
+class _Panel:
+    """A picture with its caption, and how it is drawn."""
+
+    caption: str
+    draw: Callable[[Axes, Theme], None]
+
+
+@dataclass(frozen=True)
+class _Line:
+    """The panels of a stage."""
+
+    title: str
+    panels: list[_Panel]
+
+
+def _card(sample: Sample) -> list[_Line]:
+    """What is shown of a sample, stage by stage."""
+    lines = []
+    for number, step in enumerate(sample.steps):
+        panels = [_original(sample)] if number == 0 else []
+        panels.append(_partner(sample, step))
+        title = "pixels"
+        what = "pixel"
+        if step.block is not None:
+            what, title = "token", f"tokens at block {step.block}: blended"
+        if step.replaced is not None:
+            count, total = int(step.replaced.sum()), step.replaced.numel()
+            title = (
+                f"tokens at block {step.block}: {count} of {total} replaced by more salient ones"
+            )
+            if step.difficulty is not None:
+                title += f" (difficulty {step.difficulty:.2f} nats)"
+        if step.saliency is not None and step.partner_saliency is not None:
+            scale = torch.stack((step.saliency, step.partner_saliency))
+            limits = float(scale.min()), float(scale.max())
+            under = step.mixed if number else sample.original
+            under = sample.steps[number - 1].mixed if number else under
+            panels.append(_heat("own saliency", step.saliency, under, limits))
+            panels.append(_heat("its saliency", step.partner_saliency, step.partner_image, limits))
+        panels.append(_whose(f"whose {what}", step.shares))
+        panels.append(_mixed(f"mixed {what}s", step.mixed, step.shares))
+        lines.append(_Line(title, panels))
+    if not lines:
+        lines.append(_Line("not mixed with any other sample", [_original(sample)]))
+    for target in dict.fromkeys(selection.target for selection in sample.selections):
+        own = [selection for selection in sample.selections if selection.target == target]
+        count = int(own[0].chosen.sum())
+        first, last = own[0].block, own[-1].block
+        blocks = f"block {first}" if first == last else f"blocks {first} to {last}"
+        title = f"vertical: block {target} also attends to the {count} most salient tokens of "
+        panels = [_selection(selection) for selection in own]
+        lines += [
+            _Line("" if start else f"{title}{blocks}", panels[start : start + 6])
+            for start in range(0, len(panels), 6)
+        ]
+    return lines
+
+
+def _width(columns: int) -> float:
+    """Of a sheet with so many panels beside the target."""
+    return 2 * MARGIN + columns * (PANEL + GAP) + 0.15 + TARGET
+
+
+class _Sheet:
+    """A figure that is filled from top to bottom; all lengths are inches."""
+
+    def __init__(self, columns: int, height: float, theme: Theme) -> None:
+        self.theme = theme
+        self.columns = columns
+        self.panels = columns * (PANEL + GAP)
+        self.width = _width(columns)
+        self.height = height + 2 * MARGIN
+        self.top = MARGIN
+        self.figure = Figure(figsize=(self.width, self.height))
+
+    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
+        """Axes without anything, whose upper left corner is there."""
+        axis = self.figure.add_axes(
+            (
+                left / self.width,
+                1 - (top + height) / self.height,
+                width / self.width,
+                height / self.height,
+            )
+        )
+        axis.set_axis_off()
+        axis.grid(False)
+        return axis
+
+    def text(self, left: float, top: float, words: str, size: float = 8.5, **style: Any) -> None:
+        """Words whose upper left corner is there."""
+        style = {"va": "top", "ha": "left", "color": self.theme.ink, **style}
+        self.figure.text(left / self.width, 1 - top / self.height, words, fontsize=size, **style)
+
+    def head(self, words: str, bold: bool = False) -> None:
+        """A heading."""
+        if words:
+            weight, size = ("bold", 11.5) if bold else ("bold", 8.5)
+            self.text(MARGIN, self.top + 0.04, words, size, weight=weight)
+            self.top += HEAD
+
+    def legend(self, count: int, heated: bool) -> None:
+        """What colours and hatches stand for."""
+        left = MARGIN
+        for source in range(min(count, len(ROLES))):
+            axis = self.axes(left, self.top + 0.03, 0.26, 0.14)
+            _swatch(axis, source)
+            words = ROLES[source]
+            self.text(left + 0.32, self.top + 0.025, words, 8.5)
+            left += 0.32 + 0.075 * len(words) + 0.25
+        if heated:
+            words = "bright: salient, in multiples of an even spread over all tokens"
+            self.text(left + 0.1, self.top + 0.025, words, 8.5)
+        self.top += HEAD
+
+    def notes(self, lines: Sequence[str]) -> None:
+        """Remarks."""
+        for line in lines:
+            self.text(MARGIN, self.top, line, 9, style="italic")
+            self.top += 0.17
+        self.top += 0.1 if lines else 0
+
+    def rule(self) -> float:
+        """A line across; returns where what is below it begins."""
+        axis = self.axes(MARGIN, self.top + 0.03, self.width - 2 * MARGIN, 0.02)
+        axis.axhline(0.5, color=self.theme.faint, linewidth=1.0)
+        self.top += 0.1
+        return self.top - 0.1
+
+    def row(self, panels: Sequence[_Panel], captions: bool = True) -> float:
+        """Panels side by side; returns where they begin."""
+        begin = self.top
+        for place, panel in enumerate(panels):
+            left = MARGIN + place * (PANEL + GAP)
+            if captions:
+                self.text(left, begin + 0.02, panel.caption, 8)
+            panel.draw(self.axes(left, begin + CAPTION, PANEL, PANEL), self.theme)
+        self.top += CAPTION + PANEL + GAP / 2
+        return begin
+
+    def target(self, sample: Sample, top: float, height: float, compact: bool = False) -> None:
+        """The label: whose it is, by the rule in use and by others."""
+        left = MARGIN + self.panels + 0.15
+        axis = self.axes(left, top, TARGET, height)
+        axis.set_xlim(0, TARGET)
+        axis.set_ylim(height, 0)
+        _draw_target(axis, sample, self.theme, compact)
+
+
+def _target_height(sample: Sample) -> float:
+    return 0.55 + 0.2 * len(sample.names) + 0.42 * len(sample.labels)
+
+
+# --- panels
+
+
+def _original(sample: Sample) -> _Panel:
+    return _framed(sample.names[0], sample.original, 0)
+
+
+def _partner(sample: Sample, step: Step) -> _Panel:
+    return _framed(sample.names[step.partner], step.partner_image, step.partner)
+
+
+def _framed(name: str, image: Tensor, source: int) -> _Panel:
+    """An image in the colour of a source."""
+
+    def draw(axis: Axes, theme: Theme) -> None:
+        _picture(axis, image)
+        frame = Rectangle(
+            (0, 0), 1, 1, transform=axis.transAxes, fill=False, clip_on=False,
+            edgecolor=_colour(source), linewidth=3, linestyle=("-", (0, (2.2, 1)))[source > 0],
+        )  # fmt: skip
+        axis.add_patch(frame)
+
+    role = ROLES[min(source, len(ROLES) - 1)]
+    return _Panel(f"{role}: {_short(name, 23 - len(role))}", draw)
+
+
+def _whose(what: str, shares: Tensor) -> _Panel:
+    """Whose pixel is whose, in flat colours and hatches."""
+
+    def draw(axis: Axes, theme: Theme) -> None:
+        colours = torch.tensor([to_rgb(_colour(k)) for k in range(shares.shape[2])])
+        _picture(axis, shares @ colours)
+        main = shares.argmax(2)
+        fine = max(1, 224 // max(main.shape))
+        mask = main.repeat_interleave(fine, 0).repeat_interleave(fine, 1).numpy()
+        height, width = main.shape
+        rows = (np.arange(mask.shape[0]) + 0.5) / fine - 0.5
+        columns = (np.arange(mask.shape[1]) + 0.5) / fine - 0.5
+        for source in range(1, shares.shape[2]):
+            if (mask == source).any():
+                drawn = axis.contourf(
+                    columns, rows, (mask == source).astype(float), levels=[0.5, 1.5],
+                    colors="none", hatches=[HATCHES[source % len(HATCHES)]],
+                )  # fmt: skip
+                drawn.set_edgecolor("white")
+                drawn.set_linewidth(0)
+        axis.set_xlim(-0.5, width - 0.5)
+        axis.set_ylim(height - 0.5, -0.5)
+
+    return _Panel(f"{what}: {100 * float(shares[..., 0].mean()):.0f}% own", draw)
+
+
+def _mixed(caption: str, image: Tensor, shares: Tensor) -> _Panel:
+    """A mixed image, with lines where its sources meet."""
+
+    def draw(axis: Axes, theme: Theme) -> None:
+        _picture(axis, image)
+        if float(shares.max(2).values.min()) > 0.5:
+            _outline(axis, shares.argmax(2).numpy())
+
+    return _Panel(caption, draw)
+
+
+def _heat(caption: str, saliency: Tensor, image: Tensor, limits: tuple[float, float]) -> _Panel:
+    """Saliency over a grey image: bright is salient."""
+
+    def draw(axis: Axes, theme: Theme) -> None:
+        height, width = image.shape[:2]
+        grey = (image @ image.new_tensor([0.3, 0.59, 0.11]))[..., None].expand(-1, -1, 3)
+        _picture(axis, grey)
+        low, high = limits
+        axis.imshow(
+            saliency.numpy(), cmap="inferno", vmin=low, vmax=max(high, low + 1e-6), alpha=0.72,
+            extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest",
+            aspect="auto",
+        )  # fmt: skip
+
+    return _Panel(f"{caption} {float(saliency.min()):.1f}–{float(saliency.max()):.1f}×", draw)
+
+
+def _selection(selection: Selection) -> _Panel:
+    """Selected tokens in full colour, the others faded."""
+
+    def draw(axis: Axes, theme: Theme) -> None:
+        image = selection.image
+        chosen = _raster(selection.chosen, image.shape)
+        ground = image.new_tensor(to_rgb(theme.ground))
+        faded = 0.42 * image.mean(2, keepdim=True) + 0.58 * ground
+        _picture(axis, torch.where(chosen[..., None], image, faded))
+        main = selection.shares.argmax(2)
+        _outline(axis, torch.where(chosen, main + 1, 0).numpy(), shift=1)
+
+    return _Panel(f"tokens of block {selection.block}", draw)
+
+
+def _raster(cells: Tensor, shape: Sequence[int]) -> Tensor:
+    """Cells ``(h, w)`` on the pixels ``(H, W)``."""
+    rows = torch.arange(shape[0]) * cells.shape[0] // shape[0]
+    columns = torch.arange(shape[1]) * cells.shape[1] // shape[1]
+    return cells[rows][:, columns]
+
+
+def _picture(axis: Axes, image: Tensor) -> None:
+    axis.imshow(image.clamp(0, 1).numpy(), interpolation="nearest", aspect="auto")
+
+
+def _outline(axis: Axes, index: np.ndarray, shift: int = 0) -> None:
+    """Lines where neighbouring pixels belong to different sources, in the foreign one's colour.
+
+    Args:
+        axis: where to draw.
+        index: ``(H, W)`` number of the source of each pixel, plus ``shift``.
+        shift: what is added to the numbers.
+    """
+    lines: dict[int, list[tuple[tuple[float, float], tuple[float, float]]]] = {}
+    for turn, field in enumerate((index, index.T)):
+        for row, column in np.argwhere(field[1:] != field[:-1]).tolist():
+            foreign = int(max(field[row, column], field[row + 1, column]))
+            ends = ((column - 0.5, row + 0.5), (column + 0.5, row + 0.5))
+            if turn:
+                ends = ((row + 0.5, column - 0.5), (row + 0.5, column + 0.5))
+            lines.setdefault(foreign - shift, []).append(ends)
+    for source, ends_of_all in lines.items():
+        drawn = LineCollection(ends_of_all, colors=_colour(source), linewidths=1.0)
+        drawn.set_path_effects(
+            [effects.Stroke(linewidth=2.0, foreground="white"), effects.Normal()]
+        )
+        axis.add_collection(drawn)
+
+
+def _colour(source: int) -> str:
+    return COLOURS[source % len(COLOURS)]
+
+
+def _swatch(axis: Axes, source: int) -> None:
+    axis.set_xlim(0, 1)
+    axis.set_ylim(0, 1)
+    axis.add_patch(_block(0, 0, 1, 1, source))
+
+
+def _block(x: float, y: float, width: float, height: float, source: int) -> Rectangle:
+    """A rectangle in the colour and hatch of a source."""
+    return Rectangle(
+        (x, y), width, height, facecolor=_colour(source), edgecolor="white", linewidth=0.6,
+        hatch=HATCHES[source % len(HATCHES)],
+    )  # fmt: skip
+
+
+def _draw_target(axis: Axes, sample: Sample, theme: Theme, compact: bool) -> None:
+    """Bars of the label's weights, one a rule, the rule in use first; then whose they are."""
+    weights = next(iter(sample.labels.values()))
+    top = 0.16 if not compact else CAPTION + 0.05
+    axis.text(
+        0, top, f"target: by {sample.rule}", fontsize=8.5, weight="bold", va="center",
+        color=theme.ink,
+    )  # fmt: skip
+    top += 0.12
+    _bar(axis, weights, top, 0.24)
+    top += 0.42
+    for source, (name, weight) in enumerate(zip(sample.names, weights.tolist(), strict=True)):
+        axis.add_patch(_block(0, top - 0.06, 0.26, 0.13, source))
+        words = f"{100 * weight:.0f}%  {_short(name, 26)}"
+        axis.text(0.34, top, words, fontsize=8.5, va="center", color=theme.ink)
+        top += 0.2
+    others = list(sample.labels.items())[1 : 2 if compact else None]
+    for name, other in others:
+        top += 0.04
+        axis.text(0, top, f"by {name}", fontsize=7.5, va="center", color=theme.ink)
+        _bar(axis, other, top + 0.08, 0.15, small=True)
+        top += 0.34
+
+
+def _bar(axis: Axes, weights: Tensor, top: float, height: float, small: bool = False) -> None:
+    """A bar of all weights, with their figures where there is room."""
+    total = max(1.0, float(weights.clamp_min(0).sum()))
+    left = 0.0
+    for source, weight in enumerate(weights.clamp_min(0).tolist()):
+        width = TARGET * 0.97 * weight / total
+        axis.add_patch(_block(left, top, width, height, source))
+        if width > (0.34 if small else 0.4):
+            axis.text(
+                left + width / 2, top + height / 2 + 0.005, f"{100 * weight:.0f}%",
+                fontsize=6.5 if small else 8, ha="center", va="center",
+                color="white" if source in (0, 2) else "black",
+                bbox={"facecolor": _colour(source), "edgecolor": "none", "pad": 0.8},
+            )  # fmt: skip
+        left += width
+
+
+def _short(name: str, length: int) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"

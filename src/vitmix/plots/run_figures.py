@@ -29,7 +29,7 @@ def save_run_figures(run: RunResult) -> list[Path]:
             figures["mixing"] = mixing
         examples = collect_examples(run.task, run.data)
         if examples:
-            figures["examples"] = examples_figure(examples, LIGHT, f"{name}: {examples[0].stage}")
+            figures["examples"] = examples_figure(examples, LIGHT, name)
         paths = []
         for stem, figure in figures.items():
             paths.append(run.folder / f"{stem}.png")

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "COLOURS",
     "DARK",
+    "HATCHES",
     "LIGHT",
-    "OWN",
-    "PARTNER",
     "THEMES",
     "Theme",
     "line_style",
@@ -31,7 +31,7 @@ __all__ = [
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 DASHES = ("-", "--", "-.", ":")
 MARKERS = ("", "o", "s", "^", "D")
-OWN, PARTNER = "#0072B2", "#E69F00"
+HATCHES = ("", "/////", ".....", "xxxx", "-----", "|||||")
 
 
 @dataclass(frozen=True)

@@ -146,14 +146,14 @@ class MixedImages(Callback):
         from vitmix.plots.examples import examples_figure, telling_examples
         from vitmix.plots.style import LIGHT, pixels_of_figure, themed
 
-        examples = telling_examples(out, images, labels, self.data, task.config.smoothing)
+        examples = telling_examples(out, images, labels, self.data, task.mixing)
         if not examples:
             return
         task.speed.pause()
         self.wanted = False
         epoch = trainer.current_epoch + 1
         with themed(LIGHT):
-            figure = examples_figure(examples, LIGHT, f"epoch {epoch}: {examples[0].stage}")
+            figure = examples_figure(examples, LIGHT, f"epoch {epoch}")
             picture = pixels_of_figure(figure)
         for logger in trainer.loggers:
             log_picture(logger, "mixed samples", picture, trainer.global_step)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 __all__ = [
-    "TEACH_OPTIONS", "Device", "Interpolation", "Precision", "Strategy", "TrainConfig", "suggest",
+    "PREVIEW_OPTIONS", "TEACH_OPTIONS", "Device", "Interpolation", "Precision", "Strategy",
+    "TrainConfig", "suggest",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -34,6 +35,44 @@ TEACH_OPTIONS = (
     "data", "data_root", "download", "label_column", "skip_corrupt", "img_size", "mean", "std",
     "workers", "batch_size", "device", "threads",
 )  # fmt: skip
+
+# Settings of a run that a picture of what it mixes depends on.
+PREVIEW_OPTIONS = (
+    "recipe",
+    "data",
+    "data_root",
+    "download",
+    "label_column",
+    "skip_corrupt",
+    "img_size",
+    "crop_pct",
+    "interpolation",
+    "mean",
+    "std",
+    "model",
+    "pretrained",
+    "model_kwargs",
+    "method",
+    "mix",
+    "labels",
+    "tokens",
+    "mixup",
+    "cutmix",
+    "mixup_prob",
+    "mixup_switch_prob",
+    "mixup_mode",
+    "alpha",
+    "tau",
+    "rho",
+    "kappa",
+    "block",
+    "vertical_block",
+    "teacher",
+    "batch_size",
+    "device",
+    "threads",
+    "seed",
+)
 
 
 def option(group: str, default: T, text: str, count: int | None = None) -> T:

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
     from vitmix.train.decoding import Content
 
-__all__ = ["TORCHVISION_SETS", "Records", "Source", "choose_splits", "first_line", "read_source"]
+__all__ = [
+    "TORCHVISION_SETS", "Records", "Source", "choose_splits", "first_line", "read_pictures",
+    "read_source",
+]  # fmt: skip
 
 IMAGE_SUFFIXES = frozenset(
     (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -166,6 +169,21 @@ def read_source(
         f"expected --data to be an existing folder, hf:NAME or one of {', '.join(known)}; "
         f"there is no {data!r}{suggest(name, known)}"
     )
+
+
+def read_pictures(path: Path) -> Source | None:
+    """A folder of pictures without class folders, each a class of its own; None for another."""
+    if not path.is_dir() or any(_is_image(file) for file in path.glob("*/**/*")):
+        return None
+    files = sorted(file for file in path.iterdir() if _is_image(file))
+    if not files:
+        return None
+    records = Records(torch.arange(len(files)), files.__getitem__, _PathOf(files))
+    return Source(path.name, tuple(file.stem for file in files), records, None)
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in IMAGE_SUFFIXES
 
 
 def choose_splits(
@@ -322,12 +340,10 @@ def _class_folders(path: Path, classes: tuple[str, ...] | None) -> tuple[tuple[s
     """Images of a folder whose sub-folders are the classes."""
     found: dict[str, list[Path]] = {}
     for folder in sorted(entry for entry in path.iterdir() if entry.is_dir()):
-        found[folder.name] = sorted(
-            file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES
-        )
+        found[folder.name] = sorted(file for file in folder.rglob("*") if _is_image(file))
     found = {name: files for name, files in found.items() if files}
     if not found:
-        loose = sum(file.suffix.lower() in IMAGE_SUFFIXES for file in path.iterdir())
+        loose = sum(_is_image(file) for file in path.iterdir())
         came = f"{loose} images without a class folder" if loose else "no images"
         raise InputError(
             f"expected one folder of images a class in {path}, found {came}; "

@@ -49,7 +49,7 @@ from vitmix.train.saving import (
     seed_everything,
 )
 from vitmix.train.stages import build_mixing
-from vitmix.train.teachers import find_teacher
+from vitmix.train.teachers import named_teacher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -292,16 +292,7 @@ def _make_teacher(config: TrainConfig, data: ImageData) -> nn.Module:
     classes = len(data.classes)
     if config.teacher == "auto":
         return make_model(replace(config, pretrained=False), classes, data.img_size).eval()
-    if Path(config.teacher).exists() or config.teacher.endswith(".ckpt"):
-        teacher = find_teacher(data.classes, data.name, checkpoint=config.teacher)
-    else:
-        teacher = find_teacher(data.classes, data.name, model=config.teacher, side=data.img_size)
-    if teacher.side != data.img_size:
-        raise InputError(
-            f"expected a teacher for images of side {data.img_size}, "
-            f"{config.teacher} is for {teacher.side}"
-        )
-    return teacher.model
+    return named_teacher(config.teacher, data.classes, data.name, data.img_size)
 
 
 def _fill_teacher(

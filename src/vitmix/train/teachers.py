@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitmix.errors import InputError
-from vitmix.models import cct_names, create_model
+from vitmix.models import cct_names, create_model, input_side
 from vitmix.train.checkpoint import load_trained
 from vitmix.train.data import IMAGENET_MEAN, IMAGENET_STD
 from vitmix.weights import read_weights
@@ -14,7 +15,7 @@ from vitmix.weights import read_weights
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Teacher", "find_teacher"]
+__all__ = ["Teacher", "find_teacher", "named_teacher"]
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,7 @@ def find_teacher(
             f"expected a teacher of the {len(classes)} classes of {data}, {model} {what}; "
             "train one and give its checkpoint"
         )
-    default = int(model.rsplit("_", 1)[1]) if own else 224
-    side = side or (default if facts is None else int(facts.input_size[-1]))
+    side = side or input_side(model)
     network = create_model(
         model,
         num_classes=len(classes),
@@ -87,6 +87,23 @@ def find_teacher(
     mean = IMAGENET_MEAN if facts is None else tuple(facts.mean)
     std = IMAGENET_STD if facts is None else tuple(facts.std)
     return Teacher(" ".join(filter(None, (model, checkpoint))), network.eval(), side, mean, std)
+
+
+def named_teacher(teacher: str, classes: tuple[str, ...], data: str, side: int) -> nn.Module:
+    """What ``--teacher`` names: a run folder, a checkpoint, or a pretrained model.
+
+    Raises:
+        InputError: nothing there, or a classifier of other classes or for other images.
+    """
+    if Path(teacher).exists() or teacher.endswith(".ckpt"):
+        found = find_teacher(classes, data, checkpoint=teacher)
+    else:
+        found = find_teacher(classes, data, model=teacher, side=side)
+    if found.side != side:
+        raise InputError(
+            f"expected a teacher for images of side {side}, {teacher} is for {found.side}"
+        )
+    return found.model
 
 
 def _load(network: nn.Module, model: str, checkpoint: str) -> None:
