@@ -76,6 +76,25 @@ def optimal_assignment(gain: Array) -> tuple[float, tuple[int, ...]]:
     return max(assignments(gain))
 
 
+def greedy_assignment(gain: Array) -> list[int]:
+    """Row by row the best column that is left."""
+    columns: list[int] = []
+    for row in gain.tolist():
+        left = [column for column in range(len(row)) if column not in columns]
+        columns.append(max(left, key=lambda column, row=row: row[column]))  # type: ignore[misc]
+    return columns
+
+
+def grouped_total(gain: Array, easy: Array, count: int) -> float:
+    """Total gain of the best pairs within groups of every `count`-th sample, by trying each."""
+    total = 0.0
+    for first in range(count):
+        group = range(first, len(gain), count)
+        rows = [i for i in group if easy[i]]
+        total += optimal_assignment(gain[np.ix_(rows, group)])[0]
+    return total
+
+
 def replaced_tokens(saliency: Array, easy: Array, partner: Array, rho: float) -> Array:
     """TokenMixup Eq. 9 with M = 0 written as True: the tokens taken from the partner."""
     out = np.zeros(saliency.shape, dtype=bool)

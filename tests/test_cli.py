@@ -81,7 +81,7 @@ def test_file_then_options_make_the_settings(
 
 
 def test_saved_settings_train_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tokens = "[{name: horizontal, tau: 5, assignment: random}]"
+    tokens = "[{name: horizontal, tau: 5, assignment: grouped:4}]"
     options = [
         "--cutmix",
         "1",

@@ -222,6 +222,71 @@ def test_assignment_refuses_more_rows_than_columns_and_nan():
         vf.optimal_assignment(torch.tensor([[1.0, math.nan]]))
 
 
+@few
+@given(seeds, st.integers(0, 5), st.integers(0, 2), dtypes)
+def test_greedy_assignment_takes_the_best_that_is_left(seed, rows, more, dtype):
+    gain = uniform(seed, rows, rows + more).to(dtype)
+    assume(len(gain.unique()) == gain.numel())
+    assert vf.greedy_assignment(gain).tolist() == references.greedy_assignment(wide(gain))
+
+
+@few
+@given(seeds, st.lists(st.booleans(), min_size=1, max_size=13), st.integers(2, 4))
+def test_grouped_partners_lie_between_their_groups_and_the_whole_batch(seed, easy, size):
+    saliency, mask = uniform(seed, len(easy), 6), np.array(easy)
+    partner = vf.grouped_partners(saliency, torch.from_numpy(mask), 0.01, size).numpy()
+    np.testing.assert_array_equal(partner[~mask], np.flatnonzero(~mask))
+    assert len(set(partner[mask])) == mask.sum()
+    gain = references.saliency_gain(wide(saliency), wide(saliency), 0.01)
+    total = gain[np.arange(len(easy)), partner][mask].sum()
+    assert total >= references.grouped_total(gain, mask, -(-len(easy) // size)) - 1e-5
+    exact = vf.optimal_partners(saliency, torch.from_numpy(mask), 0.01).numpy()
+    assert total <= gain[np.arange(len(easy)), exact][mask].sum() + 1e-5
+
+
+@pytest.mark.parametrize("share", [1.0, 0.6])
+def test_grouped_partners_keep_97_percent_of_the_gain(share):
+    saliency = softmax(0, 96, 49, sharpness=1.0)
+    easy = torch.arange(96) < share * 96
+
+    def total(**options):
+        plan = vf.horizontal_plan(saliency, easy, 0.005, **options)
+        return (saliency[plan.partner] - saliency)[plan.replace].sum().item()
+
+    exact = total()
+    assert total(candidates=torch.arange(96).roll(1)) < 0.9 * exact
+    assert 0.97 * exact < total(assignment="grouped:32") < exact
+    assert 0.95 * exact < total(assignment="greedy") < exact
+
+
+@few
+@given(seeds, st.integers(0, 7), st.integers(7, 9))
+def test_one_group_is_the_exact_assignment(seed, batch, size):
+    saliency, easy = uniform(seed, batch, 5), uniform(seed + 1, batch) > 0.3
+    exact = vf.optimal_partners(saliency, easy, 0.01)
+    assert torch.equal(vf.optimal_partners(saliency, easy, 0.01, f"grouped:{size}"), exact)
+
+
+def test_copies_side_by_side_find_others_in_their_groups():
+    """Repeated augmentation puts views of an image side by side."""
+    saliency = softmax(0, 4, 16, sharpness=3.0).repeat_interleave(4, 0)
+    partner = vf.grouped_partners(saliency, torch.ones(16) > 0, 0.0, 4)
+    assert (partner // 4 != torch.arange(16) // 4).all()
+
+
+@pytest.mark.parametrize("assignment", ["grouped", "grouped:1", "grouped:-8", "best", "random"])
+def test_unknown_assignments_are_refused(assignment):
+    with pytest.raises(InputError, match="exact, greedy, or grouped:SIZE"):
+        vf.optimal_partners(torch.rand(2, 3), torch.ones(2) > 0, 0.0, assignment)
+
+
+def test_grouped_and_greedy_partners_refuse_nan():
+    saliency, easy = torch.full((4, 3), math.nan), torch.ones(4) > 0
+    for assignment in ("greedy", "grouped:2"):
+        with pytest.raises(InputError, match="NaN"):
+            vf.optimal_partners(saliency, easy, 0.0, assignment)
+
+
 # Pairs to a plan
 
 
@@ -309,7 +374,9 @@ def test_a_plan_is_one_graph_however_many_samples_are_easy():
         for value, same in zip(compiled(saliency, easy, 0.001), expected, strict=True):
             torch.testing.assert_close(value, same, rtol=0, atol=1e-6)
     assert frames.frame_count == 1
-    torch.library.opcheck(torch.ops.vitmix.optimal_partners, (saliency, easy, torch.tensor(0.001)))
+    for assignment in ("exact", "greedy", "grouped:2"):
+        given = (saliency, easy, torch.tensor(0.001), assignment)
+        torch.library.opcheck(torch.ops.vitmix.optimal_partners, given)
     with pytest.raises(InputError, match="NaN"):
         compiled(saliency * math.nan, easy, 0.001)
 

@@ -147,5 +147,5 @@ def test_uneven_batches_are_refused_everywhere(found: list[dict[str, Any]]) -> N
 
 
 def test_random_pairs_are_drawn_in_each_process() -> None:
-    with pytest.raises(InputError, match="assignment='exact' with gather=True"):
+    with pytest.raises(InputError, match="with gather=True, got 'random'"):
         horizontal(assignment="random")

@@ -146,6 +146,8 @@ def test_ablations_of_horizontal_mixing() -> None:
     for options in (
         {"saliency": "random"},
         {"assignment": "random"},
+        {"assignment": "greedy"},
+        {"assignment": "grouped:2"},
         {"relabel": "area"},
         {"saliency": "rollout", "rollout_steps": 2},
     ):

@@ -199,7 +199,7 @@ EVERY_PARAMETER: dict[str, dict[str, dict[str, Any]]] = {
         "horizontal": {
             "block": 0, "tau": 1.0, "rho": 0.01, "pool": "average", "stop_gradient": True,
             "scorenet_weight": 0.5, "saliency": "rollout", "rollout_steps": 1,
-            "assignment": "exact", "relabel": "area", "gather": True,
+            "assignment": "grouped:128", "relabel": "area", "gather": True,
         },
         "vertical": {"block": 1, "kappa": 2, "stop_gradient": True},
         "manifold": {"block": [0, 1], "alpha": 1.0, "prob": 0.5},

@@ -26,7 +26,7 @@ from vitmix.functional.horizontal import (
     mix_targets,
     mix_tokens,
 )
-from vitmix.functional.matching import optimal_partners
+from vitmix.functional.matching import optimal_partners, require_assignment
 from vitmix.functional.mixture import Mixture
 from vitmix.functional.precision import wide
 from vitmix.functional.targets import soft_cross_entropy, soft_cross_entropy_per_sample
@@ -226,7 +226,10 @@ class HorizontalTokenMixup(TokenMixer):
             ``rollout_steps`` blocks (Eq. 2), ``"gradient"`` of the loss by the tokens, or
             ``"random"`` (ablation).
         rollout_steps: further blocks of a rollout.
-        assignment: ``"exact"`` optimal assignment (Eq. 7) or ``"random"`` pairs (ablation).
+        assignment: ``"exact"`` optimal assignment (Eq. 7); for large batches ``"grouped:128"``, the
+            optimum within groups of 128 samples, or ``"greedy"``, the best that is left, sample by
+            sample (what they lose: :func:`vitmix.functional.optimal_partners`); or ``"random"``
+            pairs (ablation).
         relabel: label weights by ``"saliency"`` (Eq. 11) or by ``"area"``, the number of tokens
             (ablation).
         gather: look for partners in the batches of all processes of a distributed run, so that N
@@ -250,7 +253,7 @@ class HorizontalTokenMixup(TokenMixer):
         scorenet_weight: float = 1.0,
         saliency: Literal["attention", "rollout", "gradient", "random"] = "attention",
         rollout_steps: int = 1,
-        assignment: Literal["exact", "random"] = "exact",
+        assignment: str = "exact",
         relabel: Literal["saliency", "area"] = "saliency",
         gather: bool = False,
     ) -> None:
@@ -262,12 +265,13 @@ class HorizontalTokenMixup(TokenMixer):
         if not scorenet_weight >= 0:
             raise InputError(f"expected `scorenet_weight` of at least 0, got {scorenet_weight}")
         _require_choice("saliency", saliency, ("attention", "rollout", "gradient", "random"))
-        _require_choice("assignment", assignment, ("exact", "random"))
+        if assignment != "random":
+            require_assignment(assignment)
         _require_choice("relabel", relabel, ("saliency", "area"))
         if gather and assignment == "random":
             raise InputError(
-                "expected assignment='exact' with gather=True, got 'random': random pairs are "
-                "drawn in each process; leave gather out"
+                "expected assignment='exact', 'greedy' or 'grouped:SIZE' with gather=True, got "
+                "'random': random pairs are drawn in each process; leave gather out"
             )
         if rollout_steps < 1:
             raise InputError(f"expected `rollout_steps` of at least 1, got {rollout_steps}")
@@ -328,7 +332,7 @@ class HorizontalTokenMixup(TokenMixer):
             easy = self._easy(difficulty)
             partner = context.given.partner
             if partner is None:
-                partner = optimal_partners(saliency, easy, self._rho_so_far())
+                partner = optimal_partners(saliency, easy, self._rho_so_far(), self.assignment)
             exchange = Exchange(partner, len(tokens)) if gathers else None
             if exchange is not None:
                 partner = exchange.partner

@@ -9,7 +9,13 @@ from vitmix.functional.horizontal import (
     mix_tokens,
 )
 from vitmix.functional.masks import block_mask, box_mask, random_mask
-from vitmix.functional.matching import optimal_assignment, optimal_partners, saliency_gain
+from vitmix.functional.matching import (
+    greedy_assignment,
+    grouped_partners,
+    optimal_assignment,
+    optimal_partners,
+    saliency_gain,
+)
 from vitmix.functional.mixture import Mixture
 from vitmix.functional.reach import Reach, windows
 from vitmix.functional.saliency import (
@@ -41,6 +47,8 @@ __all__ = [
     "block_mask",
     "box_mask",
     "follow_quantile",
+    "greedy_assignment",
+    "grouped_partners",
     "horizontal_plan",
     "mix_targets",
     "mix_tokens",

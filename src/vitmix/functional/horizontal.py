@@ -34,6 +34,7 @@ def horizontal_plan(
     rho: float | Tensor,
     *,
     candidates: Tensor | None = None,
+    assignment: str = "exact",
     relabel: Literal["saliency", "area"] = "saliency",
 ) -> HorizontalPlan:
     """Decide pairs, tokens and label weights of horizontal mixing (TokenMixup, Eq. 8, 9 and 11).
@@ -46,7 +47,8 @@ def horizontal_plan(
         easy: ``(B,)`` bool, the samples to be mixed. Partners come from the whole batch.
         rho: least gain for which a token is replaced, in units of saliency.
         candidates: ``(B,)`` int64 partners given beforehand (the ablation without optimal
-            assignment); by default the optimal assignment of Eq. 7.
+            assignment); by default found by ``assignment``.
+        assignment: how, see :func:`vitmix.functional.optimal_partners`.
         relabel: ``"saliency"`` weighs labels by the saliency of kept and replaced tokens (Eq. 11),
             ``"area"`` by their number (ablation).
 
@@ -70,7 +72,7 @@ def horizontal_plan(
         )
     saliency, easy = wide(saliency), easy.bool()
     if candidates is None:
-        partner = optimal_partners(saliency, easy, rho)
+        partner = optimal_partners(saliency, easy, rho, assignment)
     else:
         partner = torch.where(easy, candidates, torch.arange(len(easy), device=easy.device))
     other = saliency[partner]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,13 +11,23 @@ from torch import Tensor
 from vitmix.errors import InputError
 from vitmix.functional.precision import wide
 
-__all__ = ["optimal_assignment", "optimal_partners", "saliency_gain"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = [
+    "greedy_assignment",
+    "grouped_partners",
+    "optimal_assignment",
+    "optimal_partners",
+    "require_assignment",
+    "saliency_gain",
+]
 
 # Differences of saliency held at once by the gain: 4 megabytes of float32, or 32.
 _HELD_BY_CACHE, _HELD_BY_DEVICE = 1 << 20, 1 << 23
 
 
-def saliency_gain(saliency: Tensor, candidates: Tensor, rho: float) -> Tensor:
+def saliency_gain(saliency: Tensor, candidates: Tensor, rho: float | Tensor) -> Tensor:
     """Saliency that each sample gains from each candidate (TokenMixup, Eq. 6).
 
     ``G[i, j] = sum_t max(candidates[j, t] - saliency[i, t] - rho, 0)``, some rows at a time: what
@@ -72,9 +82,37 @@ def optimal_assignment(gain: Tensor) -> Tensor:
         >>> optimal_assignment(torch.tensor([[3.0, 2.0], [3.0, 0.0]]))
         tensor([1, 0])
     """
-    # Imported here because `import vitmix` must stay as light as `import torch`.
-    from scipy.optimize import linear_sum_assignment
+    return torch.as_tensor(_solved(_on_host(gain)), dtype=torch.int64).to(gain.device)
 
+
+def greedy_assignment(gain: Tensor) -> Tensor:
+    """Distinct columns, each the best that the rows before have left.
+
+    O(B' B) instead of the O(B^2 B') of :func:`optimal_assignment`, whose total it misses by 1 to 5%
+    on saliency of 512 samples.
+
+    Args:
+        gain: ``(B', B)`` with ``B' <= B``, finite.
+
+    Returns:
+        ``(B',)`` int64, the column of each row, on the device of ``gain``.
+
+    Raises:
+        InputError: as for :func:`optimal_assignment`.
+
+    Example:
+        >>> greedy_assignment(torch.tensor([[3.0, 2.0], [3.0, 0.0]]))
+        tensor([0, 1])
+    """
+    host = _on_host(gain)
+    columns, taken = np.empty(len(host), dtype=np.int64), np.zeros(host.shape[1])
+    for row, values in enumerate(host):
+        columns[row] = (values + taken).argmax()
+        taken[columns[row]] = -np.inf
+    return torch.from_numpy(columns).to(gain.device)
+
+
+def _on_host(gain: Tensor) -> NDArray[np.float64]:
     if gain.ndim != 2 or gain.shape[0] > gain.shape[1]:
         raise InputError(
             f"expected `gain` (B', B) with no more rows than columns, got {tuple(gain.shape)}"
@@ -84,16 +122,74 @@ def optimal_assignment(gain: Tensor) -> Tensor:
         raise InputError(
             "expected finite `gain`, got NaN or infinity; check the saliency it was computed from"
         )
-    if len(host) == host.shape[1] > 0:
+    return host
+
+
+def _solved(gain: NDArray[np.float64]) -> NDArray[np.int64]:
+    # Imported here because `import vitmix` must stay as light as `import torch`.
+    from scipy.optimize import linear_sum_assignment
+
+    if len(gain) == gain.shape[1] > 0:
         # Every row and column is taken, so that what is common to one changes nothing but how far
         # the solver has to look.
-        host = host - host.max(1, keepdims=True)
-        host -= host.max(0)
-    _, columns = linear_sum_assignment(host, maximize=True)
-    return torch.as_tensor(columns, dtype=torch.int64).to(gain.device)
+        gain = gain - gain.max(1, keepdims=True)
+        gain -= gain.max(0)
+    columns: NDArray[np.int64] = linear_sum_assignment(gain, maximize=True)[1]
+    return columns
 
 
-def optimal_partners(saliency: Tensor, easy: Tensor, rho: float | Tensor) -> Tensor:
+def grouped_partners(
+    saliency: Tensor, easy: Tensor, rho: float | Tensor, group_size: int
+) -> Tensor:
+    """Partners that are optimal within groups of a batch: cost grows with B instead of B^3.
+
+    The batch is cut into equal groups twice. First every n-th sample is in a group, so that copies
+    of an image that lie side by side are not; each group is solved exactly. Then neighbours are in
+    a group, with the partners that they have so far, and swap them for the best: the total never
+    falls, and every sample has had the choice of two groups. Nothing is drawn.
+
+    With groups of 128, the total gain on maps of one or two blobs is 99.1% of the exact one for 512
+    samples and 98.4% for 4,096; on the softmax of normal noise, 99.0% and 97.2%. (One round: 98.4%
+    and 97.5%; 98.5% and 96.5%. Random pairs: 71% and 88% for 1,024.) It is lower the flatter and
+    the less alike maps are.
+
+    Args:
+        saliency: ``(B, N)``.
+        easy: ``(B,)`` bool.
+        rho: least gain for which a token is replaced, in units of saliency.
+        group_size: samples in a group at most.
+
+    Returns:
+        ``(B,)`` int64, distinct among the easy samples; every other sample keeps itself.
+
+    Raises:
+        InputError: saliency that is not finite.
+
+    Example:
+        >>> saliency = torch.tensor([[0.1, 0.9], [0.9, 0.1], [0.8, 0.2], [0.2, 0.8]])
+        >>> grouped_partners(saliency, torch.ones(4) > 0, 0.0, group_size=2)
+        tensor([2, 3, 0, 1])
+    """
+    numbers = torch.arange(len(saliency), device=saliency.device)
+    count = -(-len(saliency) // group_size)
+    partner = numbers.clone()
+    for groups in ([numbers[first::count] for first in range(count)], numbers.tensor_split(count)):
+        gains = [
+            saliency_gain(saliency[group], saliency[partner[group]], rho) * easy[group, None]
+            for group in groups
+        ]
+        # One wait for the device, then group by group.
+        host = _on_host(torch.cat([gain.flatten() for gain in gains])[None])[0]
+        places = np.cumsum([gain.numel() for gain in gains])[:-1]
+        for group, gain in zip(groups, np.split(host, places), strict=True):
+            columns = _solved(gain.reshape(len(group), len(group)))
+            partner[group] = partner[group][torch.from_numpy(columns).to(partner.device)]
+    return torch.where(easy, partner, numbers)
+
+
+def optimal_partners(
+    saliency: Tensor, easy: Tensor, rho: float | Tensor, assignment: str = "exact"
+) -> Tensor:
     """Optimal partner of each easy sample (TokenMixup, Eq. 6 to 8); every other keeps itself.
 
     One operator, ``vitmix::optimal_partners``: how many samples are easy, and the solver on the
@@ -103,28 +199,53 @@ def optimal_partners(saliency: Tensor, easy: Tensor, rho: float | Tensor) -> Ten
         saliency: ``(B, N)``.
         easy: ``(B,)`` bool.
         rho: least gain for which a token is replaced, in units of saliency; a number or a scalar.
+        assignment: ``"exact"`` (:func:`optimal_assignment`), ``"greedy"``
+            (:func:`greedy_assignment`), or ``"grouped:128"`` (:func:`grouped_partners` with that
+            group size; exact if one group holds the batch).
 
     Returns:
         ``(B,)`` int64, distinct among the easy samples.
 
     Raises:
-        InputError: saliency that is not finite.
+        InputError: saliency that is not finite, or another assignment.
 
     Example:
         >>> saliency = torch.tensor([[0.1, 0.9], [0.9, 0.1], [0.5, 0.5]])
         >>> optimal_partners(saliency, torch.tensor([True, True, False]), rho=0.0)
         tensor([1, 0, 2])
     """
+    require_assignment(assignment)
     least = rho if isinstance(rho, Tensor) else torch.tensor(rho, dtype=torch.float64)
-    partners: Tensor = _optimal_partners(saliency.detach(), easy, least)
+    partners: Tensor = _optimal_partners(saliency.detach(), easy, least, assignment)
     return partners
 
 
-def _solve(saliency: Tensor, easy: Tensor, rho: Tensor) -> Tensor:
+def require_assignment(assignment: str) -> int | None:
+    """The group size of a grouped assignment; None for the others.
+
+    Raises:
+        InputError: neither ``exact`` nor ``greedy`` nor ``grouped:SIZE``.
+    """
+    if assignment in ("exact", "greedy"):
+        return None
+    kind, _, size = str(assignment).partition(":")
+    if kind == "grouped" and size.isdecimal() and int(size) >= 2:
+        return int(size)
+    raise InputError(
+        "expected `assignment` as exact, greedy, or grouped:SIZE with a size of at least 2 such as "
+        f"grouped:128 (HorizontalTokenMixup also takes random), got {assignment!r}"
+    )
+
+
+def _solve(saliency: Tensor, easy: Tensor, rho: Tensor, assignment: str) -> Tensor:
+    group_size = require_assignment(assignment)
+    if group_size is not None and group_size < len(saliency):
+        return grouped_partners(saliency, easy, rho, group_size)
     partners = torch.arange(len(saliency), device=saliency.device)
     rows = easy.nonzero().squeeze(1)
     if len(rows):
-        partners[rows] = optimal_assignment(saliency_gain(saliency[rows], saliency, float(rho)))
+        solver = greedy_assignment if assignment == "greedy" else optimal_assignment
+        partners[rows] = solver(saliency_gain(saliency[rows], saliency, rho))
     return partners
 
 
@@ -136,11 +257,11 @@ _optimal_partners: Any = torch.library.custom_op(
     "vitmix::optimal_partners",
     _solve,
     mutates_args=(),
-    schema="(Tensor saliency, Tensor easy, Tensor rho) -> Tensor",
+    schema="(Tensor saliency, Tensor easy, Tensor rho, str assignment) -> Tensor",
     **_options,
 )
 
 
 @_optimal_partners.register_fake  # type: ignore[untyped-decorator]
-def _(saliency: Tensor, easy: Tensor, rho: Tensor) -> Tensor:
+def _(saliency: Tensor, easy: Tensor, rho: Tensor, assignment: str) -> Tensor:
     return saliency.new_empty(len(saliency), dtype=torch.int64)
