@@ -118,15 +118,22 @@ COLUMNS = [method for method in METHODS if method not in (*OUTSIDE, *VARIANTS)]
 # Attention within windows, or with fewer keys than tokens.
 WINDOWED = [name for name, staged in STAGED.items() if staged.vertical is None]
 
+# Of those, the ones where whole attention lies in the blocks that a rollout is asked for.
+ROLLED_OUT = ("csatv2", "efficientformer", "fastvit", "iformer", "volo")
+
 # Families, the methods that they refuse, and what the refusal says.
 REFUSED: list[tuple[Iterable[str], Iterable[str], str]] = [
     (POSITION_BIASED, ("vertical", "everything"), "found (rotary|relative) position"),
     (WINDOWED, ("vertical", "everything"), "The model was not changed"),
     (
-        (*WINDOWED, "vit-pytorch", "vit-pytorch-mean", "vit-pytorch-simple"),
+        (
+            *(family for family in WINDOWED if family not in ROLLED_OUT),
+            *("vit-pytorch", "vit-pytorch-mean", "vit-pytorch-simple"),
+        ),
         ("horizontal-rollout",),
         "for a rollout",
     ),
+    (("parallel-attentions",), ("horizontal-rollout",), "for one attention"),
     (
         (
             *("naflex-rope", "eva-rope", "eva-mixed-rope", "eva-grouped", "eva-post-norm"),

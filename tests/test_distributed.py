@@ -91,8 +91,10 @@ def expected_of(family: str, method: str) -> Gradients:
 def require_equal(found: Gradients, expected: Gradients) -> None:
     for name, gradient in expected.items():
         observed = found[name]
-        assert (observed is None) == (gradient is None), name
-        if gradient is not None:
+        if gradient is None:  # FSDP gives zeros to what it shards with parameters that are used
+            assert observed is None or not observed.any(), name
+        else:
+            assert observed is not None, name
             torch.testing.assert_close(observed, gradient, atol=1e-5, rtol=1e-4, msg=name)
 
 
