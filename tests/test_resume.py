@@ -29,7 +29,7 @@ from vitmix.train.config import TrainConfig
 from vitmix.train.logs import MetricsTable
 from vitmix.train.resume import resumed_settings
 from vitmix.train.run import Interrupted, train_run
-from vitmix.train.saving import RandomStates, seed_everything
+from vitmix.train.saving import RandomStates
 
 STEPS, EPOCHS = 4, 2
 
@@ -456,14 +456,15 @@ def test_all_generators_come_back() -> None:
     task: Any = Task()
     trainer: Any = None
     own = torch.Generator()
-    seed_everything(3)
+    states = RandomStates(3, own=own)
+    states.setup(trainer, task, "fit")
     draw(own)  # both normal draws leave a second one behind
     checkpoint: dict[str, Any] = {}
-    RandomStates(own=own).on_save_checkpoint(trainer, task, checkpoint)
+    states.on_save_checkpoint(trainer, task, checkpoint)
     expected = [draw(own) for _ in range(2)]
     other = torch.Generator()
-    states = RandomStates(own=other)
+    states = RandomStates(4, own=other)
     states.on_load_checkpoint(trainer, task, checkpoint)
-    seed_everything(4)
+    states.setup(trainer, task, "fit")
     states.on_train_start(trainer, task)
     assert [draw(other) for _ in range(2)] == expected

@@ -40,7 +40,10 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 def start(*arguments: str, launcher: list[str] | None = None) -> None:
     """Run the command line in processes of its own."""
     command = [sys.executable, *(launcher or []), "-m", "vitmix.cli", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    environment = os.environ | {"PL_GLOBAL_SEED": "1"}  # as other uses of Lightning leave it
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, check=False, env=environment
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("results ") == 1  # one process prints
 

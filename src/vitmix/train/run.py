@@ -46,7 +46,6 @@ from vitmix.train.saving import (
     RandomStates,
     WholeFiles,
     restored_signals,
-    seed_everything,
 )
 from vitmix.train.stages import build_mixing
 from vitmix.train.teachers import named_teacher
@@ -178,7 +177,7 @@ def train_run(
     checkpoints = Checkpoints(
         folder, steps=config.checkpoint_steps, minutes=config.checkpoint_minutes
     )
-    states = RandomStates(mixing=mixing.generator, augment=generator)
+    states = RandomStates(own_seed, mixing=mixing.generator, augment=generator)
     callbacks = [states, checkpoints, Predictions(folder / "predictions.npz", data.classes)]
     if processes.first:
         callbacks.insert(0, ConsoleProgress(label))
@@ -187,7 +186,6 @@ def train_run(
     trainer = _make_trainer(config, folder, callbacks, processes, saved)
     if teacher is not None:
         teacher.to(trainer.strategy.root_device)  # labels hold it, no module does
-    seed_everything(own_seed)
     test = make_loader(data, config, train=False, processes=processes)
     _fit(trainer, task, loader, test, checkpoints, path)
     close_loggers(trainer.loggers)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from vitmix.train.module import MixingTask
 
-__all__ = ["Checkpoints", "RandomStates", "WholeFiles", "restored_signals", "seed_everything"]
+__all__ = ["Checkpoints", "RandomStates", "WholeFiles", "restored_signals"]
 
 # Ctrl-C, and what schedulers send; each with what it does when it comes a second time.
 SIGNALS: dict[int, Any] = {
@@ -143,11 +143,23 @@ class RandomStates(Callback):
 
     These are PyTorch's global ones (CPU and accelerator), Python's, NumPy's, and those given, each
     of every process.
+
+    Args:
+        seed: of this process's global generators. They are seeded once processes have found each
+            other, where Lightning gives all of them what ``PL_GLOBAL_SEED`` says.
+        generators: further ones.
     """
 
-    def __init__(self, **generators: torch.Generator) -> None:
+    def __init__(self, seed: int, **generators: torch.Generator) -> None:
+        self.seed = seed
         self.generators = generators
         self._saved: dict[str, Any] | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Seed the global generators of this process."""
+        torch.manual_seed(self.seed)
+        random.seed(self.seed)
+        np.random.seed(self.seed % 2**32)  # noqa: NPY002 (what models may use)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -187,13 +199,6 @@ class RandomStates(Callback):
         if pl_module.device.type in saved:
             accelerator = torch.get_device_module(pl_module.device)
             accelerator.set_rng_state(saved[pl_module.device.type])
-
-
-def seed_everything(seed: int) -> None:
-    """Seed PyTorch's, Python's and NumPy's global generators."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 (what models may use)
 
 
 @contextmanager
