@@ -67,10 +67,20 @@ def test_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
     assert all("attention aligned horizontal manifold vertical" in line for line in lines)
 
 
-def test_refusals_say_what_was_found() -> None:
-    found = survey_model("resnet18")
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("resnet18", "attention between channels at most"),
+        ("gernet_s", "found none"),  # lists fewer stages than it has
+    ],
+)
+def test_refusals_say_what_was_found(name: str, words: str) -> None:
+    found = survey_model(name)
     assert found.backbone is None
-    assert "attention between channels at most" in str(found.refusal)
+    assert words in str(found.refusal)
     assert "not supported" in found.details()
+
+
+def test_names_that_are_not_registered() -> None:
     with pytest.raises(vitmix.InputError, match="vit_nowhere"):
         survey_model("vit_nowhere")

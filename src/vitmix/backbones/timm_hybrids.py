@@ -185,8 +185,12 @@ def _byobnet(module: Any) -> Block | None:
 
 
 def _byobnet_stages(model: Any) -> Stages:
-    reductions = {info["stage"]: info["reduction"] for info in model.feature_info}
-    return [(stage, reductions[number]) for number, stage in enumerate(model.stages, 1)]
+    """A stage that is not listed has the pixels a token of the next one that is."""
+    infos = model.feature_info
+    return [
+        (stage, min(info["reduction"] for info in infos if info["stage"] >= number))
+        for number, stage in enumerate(model.stages, 1)
+    ]
 
 
 def _halo(attention: Any, grid: Grid) -> Reach:
