@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -71,13 +72,13 @@ def test_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
     ("name", "words"),
     [
         ("resnet18", "attention between channels at most"),
-        ("gernet_s", "found none"),  # lists fewer stages than it has
+        ("gernet_s", "^no attention$"),  # lists fewer stages than it has
     ],
 )
 def test_refusals_say_what_was_found(name: str, words: str) -> None:
     found = survey_model(name)
     assert found.backbone is None
-    assert words in str(found.refusal)
+    assert re.search(words, str(found.refusal))
     assert "not supported" in found.details()
 
 

@@ -140,7 +140,7 @@ def _blocks(name: str, located: Located) -> tuple[tuple[Block, ...], int]:
     found = [(block, pixels // block.stride) for block, pixels in located]
     if not found:
         raise UnsupportedModelError(
-            f"looked for attention between tokens in the stages of {name}, found none. "
+            f"looked for attention between tokens in the stages of {name}, found no attention. "
             "The model was not changed."
         )
     first = found[0][1]
