@@ -50,7 +50,7 @@ def coarsen(
         tensor([[[0.2500]]])
     """
     prefix, image = shares[:, :num_prefix_tokens], shares[:, num_prefix_tokens:]
-    rows, columns = (axis.to(shares) for axis in _axes(old, new, cell))
+    rows, columns = (axis.to(shares, non_blocking=True) for axis in _axes(old, new, cell))
     with no_autocast(shares):
         cells = torch.einsum("ih,jw,bhwk->bijk", rows, columns, image.reshape(len(image), *old, -1))
     return torch.cat((prefix, cells.flatten(1, 2)), 1)
@@ -73,7 +73,7 @@ def refine(shares: Tensor, old: Grid, new: Grid, *, num_prefix_tokens: int = 0) 
         tensor([1., 1., 0., 0.])
     """
     prefix, image = shares[:, :num_prefix_tokens], shares[:, num_prefix_tokens:]
-    rows, columns = (axis.to(shares) for axis in _axes(new, old, None))
+    rows, columns = (axis.to(shares, non_blocking=True) for axis in _axes(new, old, None))
     rows, columns = rows / rows.sum(0), columns / columns.sum(0)
     image = image.reshape(len(image), *old, -1)
     with no_autocast(shares):
@@ -97,7 +97,7 @@ def spread(saliency: Tensor, new: Grid, old: Grid, *, cell: Grid | None = None) 
         >>> spread(torch.tensor([[1.0]]), (1, 1), (2, 2))
         tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
     """
-    rows, columns = (axis.to(saliency) for axis in _axes(old, new, cell))
+    rows, columns = (axis.to(saliency, non_blocking=True) for axis in _axes(old, new, cell))
     with no_autocast(saliency):
         tokens = torch.einsum("ih,jw,bij->bhw", rows, columns, saliency.view(-1, *new))
     return tokens.flatten(1)

@@ -82,7 +82,7 @@ def optimal_assignment(gain: Tensor) -> Tensor:
         >>> optimal_assignment(torch.tensor([[3.0, 2.0], [3.0, 0.0]]))
         tensor([1, 0])
     """
-    return torch.as_tensor(_solved(_on_host(gain)), dtype=torch.int64).to(gain.device)
+    return _on_device(_solved(_on_host(gain)), gain)
 
 
 def greedy_assignment(gain: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def greedy_assignment(gain: Tensor) -> Tensor:
     for row, values in enumerate(host):
         columns[row] = (values + taken).argmax()
         taken[columns[row]] = -np.inf
-    return torch.from_numpy(columns).to(gain.device)
+    return _on_device(columns, gain)
 
 
 def _on_host(gain: Tensor) -> NDArray[np.float64]:
@@ -123,6 +123,10 @@ def _on_host(gain: Tensor) -> NDArray[np.float64]:
             "expected finite `gain`, got NaN or infinity; check the saliency it was computed from"
         )
     return host
+
+
+def _on_device(columns: NDArray[np.int64], like: Tensor) -> Tensor:
+    return torch.from_numpy(columns).to(like.device, torch.int64, non_blocking=True)
 
 
 def _solved(gain: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -183,7 +187,7 @@ def grouped_partners(
         places = np.cumsum([gain.numel() for gain in gains])[:-1]
         for group, gain in zip(groups, np.split(host, places), strict=True):
             columns = _solved(gain.reshape(len(group), len(group)))
-            partner[group] = partner[group][torch.from_numpy(columns).to(partner.device)]
+            partner[group] = partner[group][_on_device(columns, partner)]
     return torch.where(easy, partner, numbers)
 
 

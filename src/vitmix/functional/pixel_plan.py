@@ -98,8 +98,8 @@ class PixelPlan:
 
     def cells(self, grid: Size) -> Tensor:
         """``(B or 1, h, w)``: share of the own image in each cell of another raster, by area."""
-        rows = overlap(self.own.shape[1], grid[0]).to(self.own)
-        columns = overlap(self.own.shape[2], grid[1]).to(self.own)
+        rows = overlap(self.own.shape[1], grid[0]).to(self.own, non_blocking=True)
+        columns = overlap(self.own.shape[2], grid[1]).to(self.own, non_blocking=True)
         with no_autocast(self.own):
             return rows @ self.own @ columns.T
 

@@ -161,7 +161,7 @@ class Reach:
             ``(B', M, K)`` for the batch of the attention call. Padding has no share.
         """
         if self.windows is not None:
-            index = self.windows.to(shares.device)
+            index = self.windows.to(shares.device, non_blocking=True)
             return F.pad(shares, (0, 0, 0, 1))[:, index].flatten(0, 1)
         if self.keys is None:
             return shares
@@ -191,7 +191,7 @@ class Reach:
         """
         table, grid = self._query_table, self._query_grid
         if table is not None:
-            places = _places(table, grid).to(attended.device)
+            places = _places(table, grid).to(attended.device, non_blocking=True)
             attended = attended.reshape(-1, table.numel(), attended.shape[-1])[:, places]
         if self.result_grid != grid:
             prefix = self.num_prefix_tokens
@@ -206,7 +206,7 @@ class Reach:
         if self._query_table is None:
             return None
         total = self._query_grid[0] * self._query_grid[1]
-        return (self._query_table < total).to(device, torch.float32) / total
+        return (self._query_table < total).to(device, torch.float32, non_blocking=True) / total
 
     def image_saliency(self, saliency: Tensor) -> Tensor:
         """Saliency of keys as saliency of the tokens that went in.
@@ -218,7 +218,7 @@ class Reach:
             ``(B, N)``: that of a reduced key is divided evenly among the tokens it stands for.
         """
         if self.windows is not None:
-            table = self.windows.flatten().to(saliency.device)
+            table = self.windows.flatten().to(saliency.device, non_blocking=True)
             places = saliency.reshape(-1, len(table))
             tokens = places.new_zeros(len(places), self.grid[0] * self.grid[1] + 1)
             return tokens.index_add(1, table, places)[:, :-1]
