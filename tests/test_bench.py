@@ -32,7 +32,8 @@ GROUPS = {
     "saliency": (["--model", "cct_4_3x2_32", "--batch-size", "2", "--precision", "bf16"],
                  {"attention", "attention+baseline", "random", "rollout-1", "gradient",
                   "gradient+baseline"}),
-    "horizontal": (["--batch-size", "8", "--tokens", "16"], {"exact", "baseline"}),
+    "horizontal": (["--batch-size", "8", "--tokens", "16"],
+                   {"exact", "grouped:128", "greedy", "baseline"}),
     "pixels": (["--batch-size", "2", "--variants", "cutmix-timm,cutmix,mixup-torchvision"],
                {"cutmix-timm", "cutmix", "mixup-torchvision"}),
     "pipeline": (["--model", "cct_2_3x2_32", "--batch-size", "2", "--workers", "0",
@@ -45,6 +46,7 @@ TINY = Sizes(
     pixels=(2, 32),
     small=(8, 16, 4),
     large=(12, 16, 4),
+    growth=(8, 160, 16, 4),
 )
 
 
@@ -86,7 +88,7 @@ def test_targets_stand_beside_their_ratios(
     assert main(arguments) == 0
     found = json.loads(path.read_text())
     on_cpu = [each for each in found["targets"] if not each["what"].startswith("GPU")]
-    assert len(on_cpu) == len(set(map(str, on_cpu))) >= 13
+    assert len(on_cpu) == len(set(map(str, on_cpu))) >= 15
     assert all(each["ratio"]["median"] > 0 for each in on_cpu)
     assert all(each["reached"] in (True, False) for each in on_cpu)
     assert all(each["reached"] is None for each in found["targets"] if each not in on_cpu)
@@ -114,7 +116,7 @@ def test_models_are_asked_for_what_they_support() -> None:
             ["saliency", "--model", "cct_4_3x2_32", "--batch-size", "1", "--variants", "x"],
             "got 'x'",
         ),
-        (["horizontal", "--variants", "x"], "got 'x'"),
+        (["horizontal", "--variants", "x"], "expected `assignment`"),
         (["pixels", "--variants", "x"], "got 'x'"),
         (["steps", "--batch-size", "many"], "--batch-size to be whole numbers above 0"),
         (["steps", "--rounds", "0"], "--rounds to be at least 1"),
@@ -167,7 +169,7 @@ def test_verdicts(at_least: bool, bound: float, reached: bool) -> None:
         "b": Row([2.0] * 3, [2.0] * 3, Memory(1, 0)),
     }
     measured = Measured("steps", "x", "a", {}, 1, rows)
-    target = Target("b over a", "steps: x", bound, lambda each: each.ratio("b"), at_least)
+    target = Target("b over a", "steps: x", bound, "b", "a", at_least=at_least)
     assert Verdict(target, measured.ratio("b")).reached is reached
     assert Verdict(target, None).reached is None
 

@@ -12,18 +12,24 @@ from torch import Tensor
 from vitmix.bench.baselines import broadcast_gain, broadcast_horizontal
 from vitmix.bench.measure import Comparison, Work
 from vitmix.bench.options import BenchOptions
-from vitmix.errors import InputError
-from vitmix.functional import apply_horizontal, horizontal_plan, saliency_gain
+from vitmix.functional import (
+    apply_horizontal,
+    horizontal_plan,
+    optimal_partners,
+    saliency_gain,
+)
+from vitmix.functional.matching import require_assignment
 
 __all__ = [
     "VARIANTS",
     "blob_saliency",
     "comparisons",
     "gain_comparison",
+    "growth_comparison",
     "horizontal_comparison",
 ]
 
-VARIANTS = ("exact", "baseline")
+VARIANTS = ("exact", "grouped:128", "greedy", "baseline")
 SIZES = ((64, 256), (128, 64), (128, 256), (128, 1024), (512, 196), (1024, 196), (4096, 64))
 QUICK = ((64, 64),)
 CLASSES, RHO = 100, 1.0  # rho in units of the mean saliency of a token
@@ -74,14 +80,14 @@ def horizontal_comparison(
     seconds: float,
     variants: tuple[str, ...] = VARIANTS,
 ) -> Comparison:
-    """Compare ways of horizontal mixing on tokens ``(batch, tokens, width)``.
+    """Compare assignments, and the baseline, on tokens ``(batch, tokens, width)``.
 
     Raises:
-        InputError: an unknown variant.
+        InputError: an unknown assignment.
     """
     for variant in variants:
-        if variant not in VARIANTS:
-            raise InputError(f"expected variants of {', '.join(VARIANTS)}, got {variant!r}")
+        if variant != "baseline":
+            require_assignment(variant)
     given = _inputs(batch, tokens, width, device)
     return Comparison(
         "horizontal",
@@ -113,6 +119,33 @@ def gain_comparison(batch: int, tokens: int, device: str, seconds: float) -> Com
     )
 
 
+def growth_comparison(
+    small: int, large: int, tokens: int, width: int, device: str, seconds: float
+) -> Comparison:
+    """Compare two batches with groups of 128, and their total gain with the exact assignment's."""
+    given = {name: _inputs(name, tokens, width, device) for name in (small, large)}
+
+    def figures(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+        shares = {}
+        for batch, (_, _, saliency) in given.items():
+            easy = torch.ones(batch, dtype=torch.bool, device=saliency.device)
+            best = optimal_partners(saliency, easy, RHO / tokens)
+            grouped = results[f"batch {batch}"][2]
+            share = total_gain(saliency, grouped) / total_gain(saliency, best)
+            shares[f"batch {batch}"] = {"gain share": share}
+        return shares
+
+    return Comparison(
+        "growth",
+        f"batch {small} to {large}, {tokens} tokens, {width} wide",
+        f"batch {small}",
+        {f"batch {batch}": partial(_maker, "grouped:128", *given[batch]) for batch in given},
+        seconds,
+        {"batch_sizes": [small, large], "tokens": tokens, "width": width, "rho": RHO / tokens},
+        figures=figures,
+    )
+
+
 def _inputs(batch: int, tokens: int, width: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
     hidden = torch.randn(batch, tokens, width, device=device)
     labels = torch.eye(CLASSES, device=device)[torch.arange(batch, device=device) % CLASSES]
@@ -126,7 +159,7 @@ def _maker(variant: str, hidden: Tensor, labels: Tensor, saliency: Tensor) -> Wo
     easy = torch.ones(len(saliency), dtype=torch.bool, device=saliency.device)
 
     def mix() -> tuple[Tensor, Tensor, Tensor]:
-        plan = horizontal_plan(saliency, easy, rho)
+        plan = horizontal_plan(saliency, easy, rho, assignment=variant)
         return *apply_horizontal(hidden, labels, plan), plan.partner
 
     return mix

@@ -78,6 +78,11 @@ class Memory(NamedTuple):
     peak: int
     kept: int
 
+    @property
+    def working(self) -> int:
+        """What is needed beyond results, and beyond what was there before."""
+        return self.peak - self.kept
+
 
 class Ratio(NamedTuple):
     """Median of a ratio round by round, and its quartiles."""

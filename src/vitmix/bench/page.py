@@ -24,7 +24,7 @@ _TITLES = {
     "growth": "Horizontal mixing in groups",
     "pipeline": "The input pipeline",
 }
-_TARGET_HEAD = ("what", "target", "measured", "quartiles", "noise", "")
+_TARGET_HEAD = ("what", "target", "clock", "quartiles", "processor", "noise", "")
 
 
 def measured_rows(measured: Measured) -> tuple[list[str], list[list[str]]]:
@@ -41,7 +41,7 @@ def measured_rows(measured: Measured) -> tuple[list[str], list[list[str]]]:
             cells += [f"{_plain(ratio.median)} x", _quartiles(ratio)]
         cells.append(_mebibytes(row.memory.peak))
         if "beyond results" in head:
-            cells.append(_mebibytes(row.memory.peak - row.memory.kept))
+            cells.append(_mebibytes(row.memory.working))
         if "images/s" in head:
             cells.append(_plain(1e3 * measured.images / row.milliseconds))
         rows.append(cells + [_plain(row.figures.get(figure, math.nan)) for figure in figures])
@@ -57,11 +57,14 @@ def target_rows(verdicts: Sequence[Verdict]) -> list[list[str]]:
         cells = [f"{target.what} ({target.key.partition(': ')[2]})", f"{sign} {target.bound:.3g} x"]
         if ratio is None:
             waits = "waits for a GPU" if target.what.startswith("GPU") else "not measured"
-            rows.append([*cells, "", "", "", waits])
+            rows.append([*cells, "", "", "", "", waits])
             continue
-        noise = "" if verdict.noise is None else f"{_plain(verdict.noise.median)} x"
+        others = (
+            "" if each is None else f"{_plain(each.median)} x"
+            for each in (verdict.processor, verdict.noise)
+        )
         said = "reached" if verdict.reached else "not reached"
-        rows.append([*cells, f"{_plain(ratio.median)} x", _quartiles(ratio), noise, said])
+        rows.append([*cells, f"{_plain(ratio.median)} x", _quartiles(ratio), *others, said])
     return rows
 
 

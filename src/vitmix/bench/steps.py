@@ -8,6 +8,7 @@ with ``+compiled`` is compiled in one graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -49,9 +50,12 @@ def comparisons(options: BenchOptions) -> Iterator[Comparison]:
             if options.compile:
                 variants = tuple(f"{each}+compiled" for each in variants if "+" not in each)
         for batch in options.batch_sizes or (_batch_size(name, options),):
-            yield step_comparison(
-                name, batch, variants, options.device, options.precision, options.time(100)
+            comparison = step_comparison(
+                name, batch, variants, options.device, options.precision, options.time(60)
             )
+            if not options.variants:
+                comparison = replace(comparison, title=f"{comparison.title}, overview")
+            yield comparison
 
 
 def _batch_size(name: str, options: BenchOptions) -> int:

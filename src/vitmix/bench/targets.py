@@ -6,10 +6,10 @@ for one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from vitmix.bench.horizontal import gain_comparison, horizontal_comparison
+from vitmix.bench.horizontal import gain_comparison, growth_comparison, horizontal_comparison
 from vitmix.bench.measure import Comparison, Measured, Ratio
 from vitmix.bench.options import BenchOptions
 from vitmix.bench.pixels import pixel_comparison
@@ -29,6 +29,7 @@ class Sizes:
         pixels: images of a batch, and their side.
         small: batch, tokens and width of horizontal mixing.
         large: the same.
+        growth: two batches, and the tokens and width of both.
         gpu: batches of a GPU.
     """
 
@@ -37,6 +38,7 @@ class Sizes:
     pixels: tuple[int, int] = (128, 224)
     small: tuple[int, int, int] = (128, 256, 256)
     large: tuple[int, int, int] = (1024, 196, 384)
+    growth: tuple[int, int, int, int] = (512, 4096, 196, 384)
     gpu: tuple[int, ...] = (128, 1024)
 
 
@@ -54,25 +56,49 @@ class Target:
         what: in words.
         key: of the comparison.
         bound: of the ratio.
+        variant: what is divided ...
+        base: ... by what.
+        of: ``"time"``; ``"memory"``, the peak; ``"working memory"``, the peak beyond inputs and
+            results; or a figure of the variant, which is no ratio any more.
         at_least: whether the bound is a lower one.
-        read: the ratio, in a comparison.
-        noise: what the same ratio would be if nothing differed, or None.
     """
 
     what: str
     key: str
     bound: float
-    read: Callable[[Measured], Ratio]
+    variant: str
+    base: str
+    of: str = "time"
     at_least: bool = False
-    noise: Callable[[Measured], Ratio] | None = None
+
+    def read(self, measured: Measured, kind: str = "clock") -> Ratio:
+        """The ratio in a comparison; ``kind`` of time as in ``Measured.ratio``."""
+        if self.of == "time":
+            return measured.ratio(self.variant, self.base, kind)
+        mine, other = measured.rows[self.variant], measured.rows[self.base]
+        if "memory" not in self.of:
+            value = mine.figures[self.of]
+        elif self.of == "memory":
+            value = mine.memory.peak / other.memory.peak
+        else:
+            value = mine.memory.working / max(other.memory.working, 1)
+        return Ratio(value, value, value)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A target beside what was measured; ``ratio`` is None where it was not."""
+    """A target beside what was measured.
+
+    Attributes:
+        target: the target.
+        ratio: by the clock; None if it was not measured.
+        processor: by the processor's time, for targets of time.
+        noise: the plain step again over the plain step, for targets of steps.
+    """
 
     target: Target
-    ratio: Ratio | None
+    ratio: Ratio | None = None
+    processor: Ratio | None = None
     noise: Ratio | None = None
 
     @property
@@ -86,72 +112,72 @@ class Verdict:
 
 
 def comparisons(options: BenchOptions) -> Iterator[Comparison]:
-    """The comparisons that the targets speak of, one by one; on a GPU also those of GPUs."""
+    """The comparisons that the targets speak of, one by one: those of a GPU, or of a CPU."""
     sizes, device = SIZES, options.device
-    yield step_comparison(*sizes.vit, _ALIGNED, device, "fp32", options.time(120))
-    yield step_comparison(*sizes.cct, _MIXUPS, device, "fp32", options.time(240))
+    if device == "cuda":
+        for name in (sizes.vit[0], sizes.cct[0]):
+            for batch in sizes.gpu:
+                for behind in ("", "+compiled"):
+                    variants = tuple(variant + behind for variant in _GPU)
+                    yield step_comparison(name, batch, variants, device, "bf16", options.time(10))
+        return
+    yield step_comparison(*sizes.vit, _ALIGNED, device, "fp32", options.time(100))
+    yield step_comparison(*sizes.cct, _MIXUPS, device, "fp32", options.time(180))
     yield pixel_comparison(*sizes.pixels, (), device, options.time(20))
     yield saliency_comparison(*sizes.cct, (), device, "fp32", options.time(40))
     yield gain_comparison(*sizes.small[:2], device, options.time(10))
     yield horizontal_comparison(*sizes.small, device, options.time(15))
     yield horizontal_comparison(*sizes.large, device, options.time(40))
-    if device != "cuda":
-        return
-    for name in (sizes.vit[0], sizes.cct[0]):
-        for batch in sizes.gpu:
-            for behind in ("", "+compiled"):
-                variants = tuple(variant + behind for variant in _GPU)
-                yield step_comparison(name, batch, variants, device, "bf16", options.time(10))
+    yield growth_comparison(*sizes.growth, device, options.time(20))
 
 
 def targets() -> list[Target]:
     """All targets."""
     sizes = SIZES
-    vit = _step_key(*sizes.vit)
-    cct = _step_key(*sizes.cct)
-    pixels = "pixels: batch {}, 3x{}x{}".format(*sizes.pixels, sizes.pixels[1])
-    small = "batch {}, {} tokens, {} wide".format(*sizes.small)
-    large = "batch {}, {} tokens, {} wide".format(*sizes.large)
-    again = _time("plain-again")
+    vit, cct = _steps(*sizes.vit), _steps(*sizes.cct)
+    pixels = "pixels: batch {0}, 3x{1}x{1}".format(*sizes.pixels)
+    saliency = "saliency: {}, batch {}, fp32".format(*sizes.cct)
+    gain = "gain: batch {}, {} tokens".format(*sizes.small)
+    small, large = (
+        "horizontal: batch {}, {} tokens, {} wide".format(*each)
+        for each in (sizes.small, sizes.large)
+    )
+    growth = "growth: batch {} to {}, {} tokens, {} wide".format(*sizes.growth)
+    few, many = sizes.growth[:2]
     found = [
-        Target("TL-Align step over the plain step", vit, 1.02, _time("tl-align"), noise=again),
-        Target("TL-Align step: peak memory", vit, 1.02, _memory("tl-align", "plain")),
-        Target(
-            "dense TL-Align over ours",
-            vit,
-            1.06,
-            _time("tl-align+baseline", "tl-align"),
-            at_least=True,
-        ),
-        Target("horizontal step", cct, 1.03, _time("tokenmixup-h"), noise=again),
-        Target("vertical step", cct, 1.05, _time("tokenmixup-v"), noise=again),
-        Target("horizontal and vertical", cct, 1.06, _time("tokenmixup"), noise=again),
-        Target("CutMix's pixels over timm's", pixels, 1.0, _time("cutmix", "cutmix-timm")),
-        Target("TokenMix's pixels over timm's CutMix", pixels, 1.0,
-               _time("tokenmix", "cutmix-timm")),
-        Target("gradient saliency over attention saliency",
-               "saliency: {}, batch {}, fp32".format(*sizes.cct), 60.0,
-               _time("gradient", "attention"), at_least=True),
-        Target("gain matrix by broadcasting over ours",
-               "gain: batch {}, {} tokens".format(*sizes.small), 10.0,
-               _time("baseline", "exact"), at_least=True),
-        Target("horizontal mixing by broadcasting over ours", f"horizontal: {small}", 3.0,
-               _time("baseline", "exact"), at_least=True),
-        Target("horizontal mixing by broadcasting over ours", f"horizontal: {large}", 6.0,
-               _time("baseline", "exact"), at_least=True),
-        Target("its memory beyond inputs and results, ours over broadcasting",
-               f"horizontal: {large}", 1 / 20, _memory("exact", "baseline", kept=False)),
+        Target("TL-Align step over plain", vit, 1.02, "tl-align", "plain"),
+        Target("its peak memory", vit, 1.02, "tl-align", "plain", "memory"),
+        Target("dense TL-Align step over ours", vit, 1.06, "tl-align+baseline", "tl-align",
+               at_least=True),
+        Target("horizontal step over plain", cct, 1.03, "tokenmixup-h", "plain"),
+        Target("vertical step over plain", cct, 1.05, "tokenmixup-v", "plain"),
+        Target("horizontal and vertical step over plain", cct, 1.06, "tokenmixup", "plain"),
+        Target("CutMix over timm's", pixels, 1.0, "cutmix", "cutmix-timm"),
+        Target("TokenMix over timm's CutMix", pixels, 1.0, "tokenmix", "cutmix-timm"),
+        Target("gradient over attention saliency", saliency, 60.0, "gradient", "attention",
+               at_least=True),
+        Target("gain matrix, broadcast over ours", gain, 10.0, "baseline", "exact",
+               at_least=True),
+        Target("horizontal mixing, broadcast over ours", small, 3.0, "baseline", "exact",
+               at_least=True),
+        Target("horizontal mixing, broadcast over ours", large, 6.0, "baseline", "exact",
+               at_least=True),
+        Target("its memory beyond inputs and results, ours over broadcast", large, 0.05, "exact",
+               "baseline", "working memory"),
+        Target(f"growth in groups of 128, for {many // few} times the batch", growth,
+               1.25 * many / few, f"batch {many}", f"batch {few}"),
+        Target("total gain in groups of 128 over exact", growth, 0.97, f"batch {many}",
+               f"batch {few}", "gain share", at_least=True),
     ]  # fmt: skip
+    bounds = {"tl-align": 1.03, "tokenmixup-h": 1.05, "tokenmixup-v": 1.05}
     for name in (sizes.vit[0], sizes.cct[0]):
         for batch in sizes.gpu:
-            for behind in ("", "+compiled"):
-                key = _step_key(name, batch, "bf16") + (", compiled" if behind else "")
+            for behind, ending in (("", ""), ("+compiled", ", compiled")):
+                key = _steps(name, batch, "bf16") + ending
                 found += [
-                    Target(f"GPU: {variant} step", key, bound,
-                           _time(variant + behind, "plain" + behind))
-                    for variant, bound in (
-                        ("tl-align", 1.03), ("tokenmixup-h", 1.05), ("tokenmixup-v", 1.05)
-                    )
+                    Target(f"GPU: {each} step over plain", key, bound, each + behind,
+                           "plain" + behind)
+                    for each, bound in bounds.items()
                 ]  # fmt: skip
     return found
 
@@ -159,35 +185,20 @@ def targets() -> list[Target]:
 def verdicts(measured: Sequence[Measured]) -> list[Verdict]:
     """Every target beside what was measured."""
     by_key = {each.key: each for each in measured}
-    found = []
-    for target in targets():
-        each = by_key.get(target.key)
-        if each is None:
-            found.append(Verdict(target, None))
-        else:
-            noise = None if target.noise is None else target.noise(each)
-            found.append(Verdict(target, target.read(each), noise))
-    return found
+    return [_verdict(target, by_key.get(target.key)) for target in targets()]
 
 
-def _step_key(name: str, batch: int, precision: str = "fp32") -> str:
+def _verdict(target: Target, measured: Measured | None) -> Verdict:
+    if measured is None or not {target.variant, target.base} <= set(measured.rows):
+        return Verdict(target)
+    timed, again = target.of == "time", "plain-again"
+    return Verdict(
+        target,
+        target.read(measured),
+        target.read(measured, "processor") if timed else None,
+        measured.ratio(again) if timed and again in measured.rows else None,
+    )
+
+
+def _steps(name: str, batch: int, precision: str = "fp32") -> str:
     return f"steps: {name}, batch {batch}, {precision}"
-
-
-def _time(variant: str, base: str | None = None) -> Callable[[Measured], Ratio]:
-    return lambda measured: measured.ratio(variant, base)
-
-
-def _memory(variant: str, base: str, *, kept: bool = True) -> Callable[[Measured], Ratio]:
-    """Ratio of peaks; without what is kept, of what is beyond inputs and results."""
-
-    def read(measured: Measured) -> Ratio:
-        rows = (measured.rows[name].memory for name in (variant, base))
-        mine, other = (memory.peak - (0 if kept else memory.kept) for memory in rows)
-        return _exactly(mine / max(other, 1))
-
-    return read
-
-
-def _exactly(value: float) -> Ratio:
-    return Ratio(value, value, value)
