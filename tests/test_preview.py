@@ -221,7 +221,8 @@ def test_saving(tmp_path: Path) -> None:
     [
         ({"classes": ["a"]}, "7 names in `classes`, got 1"),
         ({"samples": [9]}, "from 0 to 5, got"),
-        ({"samples": 0}, "at least 1, got 0"),
+        ({"samples": 0}, "at least 1, got 0 and 1"),
+        ({"draws": 0}, "at least 1, got 3 and 0"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], words: str) -> None:

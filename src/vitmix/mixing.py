@@ -307,6 +307,7 @@ class MixingModel(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         samples: int | Sequence[int] = 3,
+        draws: int = 1,
         seed: int = 0,
         title: str = "",
     ) -> Preview:
@@ -324,7 +325,8 @@ class MixingModel(nn.Module):
             std: standard deviations.
             samples: how many to show, those first that are mixed most evenly with another class; or
                 their places in the batch.
-            seed: of the draws.
+            draws: take so many, and show the one that mixes most evenly.
+            seed: of the first draw.
             title: heading of the picture.
 
         Returns:
@@ -345,7 +347,7 @@ class MixingModel(nn.Module):
 
         return preview(
             self, images, targets, maps=maps, classes=classes, mean=mean, std=std,
-            samples=samples, seed=seed, title=title,
+            samples=samples, draws=draws, seed=seed, title=title,
         )  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:

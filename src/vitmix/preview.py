@@ -32,7 +32,7 @@ from vitmix.labels import (
     TokenAlignedLabels,
 )
 from vitmix.mixing import MixingModel, MixTrace
-from vitmix.tokens import HorizontalTokenMixup, TokenMixer
+from vitmix.tokens import BlendPlan, HorizontalTokenMixup, TokenMixer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,7 +69,8 @@ class Step:
         mixed: ``(H, W, 3)`` behind the stage; tokens are drawn as patches of their source image.
         saliency: ``(h, w)`` of the sample's tokens, relative to even saliency, or None.
         partner_saliency: the same of the partner's.
-        replaced: ``(h, w)`` bool, tokens that came from the partner, or None if all were blended.
+        blended: own share, where everything was interpolated alike, or None.
+        replaced: ``(h, w)`` bool, tokens that came from the partner, or None.
         difficulty: ScoreNet's cross-entropy in nats, or None.
     """
 
@@ -78,6 +79,7 @@ class Step:
     partner_image: Tensor
     shares: Tensor
     mixed: Tensor
+    blended: float | None = None
     saliency: Tensor | None = None
     partner_saliency: Tensor | None = None
     replaced: Tensor | None = None
@@ -191,6 +193,7 @@ def preview(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     samples: int | Sequence[int] = 3,
+    draws: int = 1,
     seed: int = 0,
     title: str = "",
 ) -> Preview:
@@ -200,11 +203,14 @@ def preview(
             f"expected {mixing.num_classes} names in `classes`, got {len(classes)}: "
             "one for each class of the model"
         )
-    if samples == 0:
-        raise InputError("expected `samples` of at least 1, got 0")
-    with _untouched(mixing, seed):
-        out = mixing(images, targets, maps=maps, record=True)
+    if samples == 0 or draws < 1:
+        raise InputError(f"expected `samples` and `draws` of at least 1, got {samples} and {draws}")
     labels = targets if targets.ndim == 1 else targets.argmax(1)
+    steps = []
+    for attempt in range(draws):
+        with _untouched(mixing, seed + attempt):
+            steps.append(mixing(images, targets, maps=maps, record=True))
+    out = max(steps, key=lambda step: float(_worth(step.trace, labels).max()))
     known = (
         [f"class {label}" for label in range(mixing.num_classes)] if classes is None else classes
     )
@@ -283,7 +289,6 @@ def _first(trace: MixTrace) -> int:
     return 0 if trace.sources is None else int(trace.sources[0, 0])
 
 
-@torch.no_grad()
 def choose_rows(trace: MixTrace, labels: Tensor, count: int) -> list[int]:
     """Samples that every stage mixes evenly with one of another class, the best first.
 
@@ -294,6 +299,17 @@ def choose_rows(trace: MixTrace, labels: Tensor, count: int) -> list[int]:
         labels: ``(B,)`` classes.
         count: samples at most.
     """
+    best = _worth(trace, labels).topk(min(count, len(labels)))
+    return [
+        row
+        for row, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        if value > 0
+    ]
+
+
+@torch.no_grad()
+def _worth(trace: MixTrace, labels: Tensor) -> Tensor:
+    """``(B,)`` how evenly the stages mix each sample with another class; 0 if not at all."""
     batch, first = len(labels), _first(trace)
     worth = torch.zeros(batch)
     here = torch.ones(batch, dtype=torch.bool)
@@ -308,12 +324,7 @@ def choose_rows(trace: MixTrace, labels: Tensor, count: int) -> list[int]:
         own = own.float().cpu()
         same = (labels[others.to(labels.device)] == labels).cpu()
         worth += own * (1 - own) * torch.where(same, 0.01, 1.0)
-    best = (worth * here).topk(min(count, batch))
-    return [
-        row
-        for row, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        if value > 0
-    ]
+    return worth * here
 
 
 @dataclass(frozen=True)
@@ -399,6 +410,8 @@ def make_samples(
                 shares_of(after),
                 after.mixed[place],
             )
+            if not isinstance(plan, HorizontalPlan):
+                step = replace(step, blended=_own_share(plan, row))
             before = after
             if block is not None and isinstance(plan, HorizontalPlan):
                 step = _with_evidence(step, trace, backbone, block, row, int(needed[other]), size)
@@ -432,6 +445,14 @@ def make_samples(
             )
         )
     return made
+
+
+def _own_share(plan: PixelPlan | BlendPlan, row: int) -> float | None:
+    """The share of the own image in a sample that is blended evenly; None for one that is cut."""
+    if isinstance(plan, BlendPlan):
+        return float(plan.own_weight[row])
+    own = plan.own[row if len(plan.own) > 1 else 0]
+    return None if plan.binary or own.numel() > 1 else float(own)
 
 
 def _moved(trace: MixTrace) -> MixTrace:

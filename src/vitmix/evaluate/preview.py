@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["BATCH", "Pictures", "PreviewModel", "make_preview", "model_with_pictures"]
 
 BATCH = 16
+DRAWS = 4  # pixels are often mixed in one proportion for the whole batch
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def make_preview(options: dict[str, Any], checkpoint: str | None, samples: int) 
     pictures, config = found.pictures, found.config
     shown = found.mixing.preview(
         pictures.images, pictures.labels, classes=pictures.classes, mean=pictures.mean,
-        std=pictures.std, samples=samples, seed=config.seed,
+        std=pictures.std, samples=samples, draws=DRAWS, seed=config.seed,
         title=f"{method_name(config)} on {pictures.name}: {config.model}, {found.weights}",
     )  # fmt: skip
     return replace(shown, note=" ".join(filter(None, (shown.note, *found.notes))))
@@ -117,7 +118,7 @@ def model_with_pictures(options: dict[str, Any], checkpoint: str | None) -> Prev
         config, note = _opened(config, spec)
         notes.append(note)
     else:
-        model, weights = trained.model, trained.path.parent.name
+        model, weights = trained.model, f"run {trained.path.resolve().parent.name}"
     teacher = None
     if spec.needs_teacher:
         config = replace(config, teacher_maps=None)

@@ -59,23 +59,12 @@ def collect_examples(task: MixingTask, data: ImageData, count: int = 4) -> list[
         labels = data.train.labels[rows].to(device)
         maps = data.maps_of(rows) if mixing.labels.needs_maps else None
         batch, maps = task.augment.with_maps(images[rows].to(device), maps)
-        # Draws are often one for a whole batch: of three, the one that mixes most.
-        shown = [
-            mixing.preview(
-                batch, labels, maps=maps, classes=data.classes, mean=data.mean, std=data.std,
-                samples=1, seed=config.seed + 3 * draw + attempt,
-            ).samples[0]
-            for attempt in range(3)
-        ]  # fmt: skip
-        best = max(shown, key=_evenness)
-        if best.steps:
-            chosen.append(best)
+        shown = mixing.preview(
+            batch, labels, maps=maps, classes=data.classes, mean=data.mean, std=data.std,
+            samples=1, draws=3, seed=config.seed + 3 * draw,
+        )  # fmt: skip
+        chosen += [sample for sample in shown.samples if sample.steps]
     return chosen
-
-
-def _evenness(sample: Sample) -> float:
-    own = float(sample.shares[..., 0].mean())
-    return own * (1 - own)
 
 
 def telling_examples(
@@ -114,21 +103,18 @@ def examples_figure(examples: Sequence[Sample], theme: Theme, title: str = "") -
     sheet = _Sheet(4, height, theme)
     if title:
         sheet.head(title, bold=True)
-    for number, example in enumerate(examples):
+    for example in examples:
         panels = [_original(example)]
-        if example.steps:
-            first = example.steps[0]
-            panels.append(_partner(example, first))
+        panels += [_partner(example, step) for step in example.steps[:1]]
         panels += [_whose("whose", example.shares), _mixed("mixed", example.mixed, example.shares)]
-        top = sheet.row(panels, captions=number == 0 or len(panels) < 4)
-        sheet.target(example, top, PANEL, compact=True)
+        sheet.target(example, sheet.row(panels), CAPTION + PANEL, compact=True)
     return sheet.figure
 
 
 def preview_figure(preview: Preview, theme: Theme) -> Figure:
     """Every sample with what each stage did to it, a line a stage, and its target."""
     cards = [_card(sample) for sample in preview.samples]
-    columns = max((len(line.panels) for card in cards for line in card), default=1)
+    columns = max([3, *(len(line.panels) for card in cards for line in card)])
     notes = textwrap.wrap(preview.note, int(_width(columns) / 0.075))
     heights = [
         max(len(card) * (HEAD + CAPTION + PANEL + GAP / 2), _target_height(sample)) + 0.2
@@ -176,7 +162,9 @@ def _card(sample: Sample) -> list[_Line]:
         title = "pixels"
         what = "pixel"
         if step.block is not None:
-            what, title = "token", f"tokens at block {step.block}: blended"
+            what, title = "token", f"tokens at block {step.block}"
+        if step.blended is not None:
+            title += f": blended, {100 * step.blended:.0f}% own"
         if step.replaced is not None:
             count, total = int(step.replaced.sum()), step.replaced.numel()
             title = (
@@ -191,7 +179,8 @@ def _card(sample: Sample) -> list[_Line]:
             under = sample.steps[number - 1].mixed if number else under
             panels.append(_heat("own saliency", step.saliency, under, limits))
             panels.append(_heat("its saliency", step.partner_saliency, step.partner_image, limits))
-        panels.append(_whose(f"whose {what}", step.shares))
+        if step.blended is None:
+            panels.append(_whose(f"whose {what}", step.shares))
         panels.append(_mixed(f"mixed {what}s", step.mixed, step.shares))
         lines.append(_Line(title, panels))
     if not lines:
@@ -281,13 +270,12 @@ class _Sheet:
         self.top += 0.1
         return self.top - 0.1
 
-    def row(self, panels: Sequence[_Panel], captions: bool = True) -> float:
+    def row(self, panels: Sequence[_Panel]) -> float:
         """Panels side by side; returns where they begin."""
         begin = self.top
         for place, panel in enumerate(panels):
             left = MARGIN + place * (PANEL + GAP)
-            if captions:
-                self.text(left, begin + 0.02, panel.caption, 8)
+            self.text(left, begin + 0.02, panel.caption, 8)
             panel.draw(self.axes(left, begin + CAPTION, PANEL, PANEL), self.theme)
         self.top += CAPTION + PANEL + GAP / 2
         return begin
@@ -464,11 +452,14 @@ def _draw_target(axis: Axes, sample: Sample, theme: Theme, compact: bool) -> Non
     top += 0.12
     _bar(axis, weights, top, 0.24)
     top += 0.42
+    columns = 2 if compact else 1
     for source, (name, weight) in enumerate(zip(sample.names, weights.tolist(), strict=True)):
-        axis.add_patch(_block(0, top - 0.06, 0.26, 0.13, source))
-        words = f"{100 * weight:.0f}%  {_short(name, 26)}"
-        axis.text(0.34, top, words, fontsize=8.5, va="center", color=theme.ink)
-        top += 0.2
+        left = source % columns * TARGET / columns
+        axis.add_patch(_block(left, top - 0.06, 0.26, 0.13, source))
+        words = f"{100 * weight:.0f}%  {_short(name, 26 // columns)}"
+        axis.text(left + 0.34, top, words, fontsize=8.5, va="center", color=theme.ink)
+        if source % columns == columns - 1 or source == len(sample.names) - 1:
+            top += 0.2
     others = list(sample.labels.items())[1 : 2 if compact else None]
     for name, other in others:
         top += 0.04
