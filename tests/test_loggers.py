@@ -30,6 +30,7 @@ LOGGED = {
     "train/loss", "val/top1", "val/loss", "lr", "target/own_weight", "horizontal_1/mixed_samples",
     "horizontal_1/mixed_tokens", "horizontal_1/mixed_share", "horizontal_1/replaced_share",
     "horizontal_1/difficulty", "horizontal_1/saliency_gain", "horizontal_1/own_weight",
+    "horizontal_1/difficulty_q10", "horizontal_1/difficulty_q50", "horizontal_1/tau",
     "speed/step_ms", "speed/images_per_second", "speed/memory_gib",
 }  # fmt: skip
 

@@ -332,6 +332,23 @@ def _preview(options: Any) -> None:
     print(f"preview {path}")
 
 
+def _configure_figure(parser: Parser) -> None:
+    from vitmix.train.config import LOOK_OPTIONS, TrainConfig
+
+    parser.add("kind", str, None, "saliency, mixing, fluctuation or difficulty")
+    parser.add("run", str, None, "run folder (its last.ckpt) or a checkpoint file")
+    parser.add("--out", str | None, None, "file to write: *.png, *.pdf or *.svg [KIND.png]")
+    parser.add("--block", int | None, None, "saliency: the block (default: that of the method)")
+    parser.add_config(TrainConfig, only=LOOK_OPTIONS)
+
+
+def _figure(options: Any) -> None:
+    from vitmix.evaluate.figures import make_figure
+
+    kind, run, out, block = (options.pop(name) for name in ("kind", "run", "out", "block"))
+    print(f"figure  {make_figure(kind, run, options, out, block)}")
+
+
 def _configure_recipes(parser: Parser) -> None:
     parser.add("pattern", str | None, None, "show one recipe, or list those that have this in them")
     parser.add("--markdown", bool, False, "print the page of all recipes: docs/recipes.md")
@@ -462,6 +479,12 @@ COMMANDS: dict[str, Command] = {
         "vitmix preview --data photos --model vit_small_patch16_224 --method tokenmixup",
         _configure_preview,
         _preview,
+    ),
+    "figure": Command(
+        "draw a figure of the papers for a run: saliency, mixing, fluctuation or difficulty",
+        "vitmix figure saliency runs/digits-cct_2_3x2_32-tokenmixup-seed0 --out saliency.png",
+        _configure_figure,
+        _figure,
     ),
     "report": Command(
         "write one HTML page about finished runs",

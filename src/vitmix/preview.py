@@ -45,6 +45,7 @@ __all__ = [
     "Selection",
     "Step",
     "choose_rows",
+    "looking",
     "make_samples",
     "preview",
     "rule_name",
@@ -161,20 +162,9 @@ class Preview:
         Raises:
             InputError: an unknown format, or a place that cannot be written to.
         """
-        path = Path(path)
-        figure = self.figure()
-        known = figure.canvas.get_supported_filetypes()
-        if path.suffix.lstrip(".").lower() not in known:
-            raise InputError(
-                f"expected a file name that ends in one of {', '.join(sorted(known))}, got {path}"
-            )
-        try:
-            figure.savefig(path, dpi=dpi)
-        except OSError as error:
-            raise InputError(
-                f"expected a place to write in, cannot write {path}: {error.strerror}"
-            ) from error
-        return path
+        from vitmix.plots.style import save_figure
+
+        return save_figure(self.figure(), Path(path), dpi=dpi)
 
     def _repr_png_(self) -> bytes:
         """What notebooks show."""
@@ -208,7 +198,7 @@ def preview(
     labels = targets if targets.ndim == 1 else targets.argmax(1)
     steps = []
     for attempt in range(draws):
-        with _untouched(mixing, seed + attempt):
+        with looking(mixing, seed + attempt):
             steps.append(mixing(images, targets, maps=maps, record=True))
     out = max(steps, key=lambda step: float(_worth(step.trace, labels).max()))
     known = (
@@ -231,7 +221,7 @@ def preview(
 
 
 @contextmanager
-def _untouched(mixing: MixingModel, seed: int) -> Iterator[None]:
+def looking(mixing: MixingModel, seed: int) -> Iterator[None]:
     """Let a step be taken that leaves everything as it was: modes, draws, thresholds.
 
     The model itself is in evaluation mode, so that nothing is dropped out.

@@ -24,6 +24,7 @@ from vitmix.functional.saliency import (
     query_key_attention,
     query_key_saliency,
 )
+from vitmix.functional.sharpness import sharpness, top_share
 from vitmix.functional.targets import (
     activation_weight,
     smooth_targets,
@@ -61,8 +62,10 @@ __all__ = [
     "saliency_gain",
     "salient_indices",
     "salient_tokens",
+    "sharpness",
     "smooth_targets",
     "soft_cross_entropy",
     "soft_cross_entropy_per_sample",
+    "top_share",
     "windows",
 ]

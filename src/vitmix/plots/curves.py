@@ -24,6 +24,7 @@ __all__ = [
     "learning_curves",
     "mixing_curves",
     "read_metrics",
+    "smooth",
 ]
 
 Series = list[tuple[float, float]]  # (epoch or step, value)
@@ -136,14 +137,14 @@ def mixing_curves(
             block = key.split("/")[0].rpartition("_")[2]
             if len(values) > 40:
                 axis.plot(steps, values, color=style["color"], alpha=0.25, linewidth=0.8)
-            axis.plot(steps, _smooth(values), label=f"{method}, block {block}", **style)
+            axis.plot(steps, smooth(values), label=f"{method}, block {block}", **style)
         axis.set_ylim(bottom=0)
         axis.set_xlabel("step")
         axis.legend(fontsize=8)
     return figure
 
 
-def _smooth(values: list[float]) -> list[float]:
+def smooth(values: list[float]) -> list[float]:
     """Mean over a window of a thirtieth of the curve."""
     reach = len(values) // 60
     return [

@@ -10,8 +10,11 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from vitmix.errors import InputError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from matplotlib.figure import Figure
 
@@ -24,6 +27,7 @@ __all__ = [
     "Theme",
     "line_style",
     "pixels_of_figure",
+    "save_figure",
     "themed",
 ]
 
@@ -95,3 +99,23 @@ def pixels_of_figure(figure: Figure, dpi: int = 120) -> np.ndarray:
     canvas.draw()
     picture: np.ndarray = np.asarray(canvas.buffer_rgba())[..., :3].copy()
     return picture
+
+
+def save_figure(figure: Figure, path: Path, dpi: int) -> Path:
+    """Write a figure in the format that the name ends in; returns the path.
+
+    Raises:
+        InputError: an unknown format, or a place that cannot be written to.
+    """
+    known = figure.canvas.get_supported_filetypes()
+    if path.suffix.lstrip(".").lower() not in known:
+        raise InputError(
+            f"expected a file name that ends in one of {', '.join(sorted(known))}, got {path}"
+        )
+    try:
+        figure.savefig(path, dpi=dpi)
+    except OSError as error:
+        raise InputError(
+            f"expected a place to write in, cannot write {path}: {error.strerror}"
+        ) from error
+    return path

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 __all__ = [
-    "PREVIEW_OPTIONS", "TEACH_OPTIONS", "Device", "Interpolation", "Precision", "Strategy",
-    "TrainConfig", "suggest",
+    "LOOK_OPTIONS", "PREVIEW_OPTIONS", "TEACH_OPTIONS", "Device", "Interpolation", "Precision",
+    "Strategy", "TrainConfig", "suggest",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -36,43 +36,18 @@ TEACH_OPTIONS = (
     "workers", "batch_size", "device", "threads",
 )  # fmt: skip
 
-# Settings of a run that a picture of what it mixes depends on.
+# Settings that say which images of a run are looked at, and how.
+LOOK_OPTIONS = (
+    "data", "data_root", "download", "label_column", "skip_corrupt", "crop_pct", "interpolation",
+    "mean", "std", "batch_size", "device", "threads", "seed",
+)  # fmt: skip
+
+# Those that a picture of what a method mixes depends on.
 PREVIEW_OPTIONS = (
-    "recipe",
-    "data",
-    "data_root",
-    "download",
-    "label_column",
-    "skip_corrupt",
-    "img_size",
-    "crop_pct",
-    "interpolation",
-    "mean",
-    "std",
-    "model",
-    "pretrained",
-    "model_kwargs",
-    "method",
-    "mix",
-    "labels",
-    "tokens",
-    "mixup",
-    "cutmix",
-    "mixup_prob",
-    "mixup_switch_prob",
-    "mixup_mode",
-    "alpha",
-    "tau",
-    "rho",
-    "kappa",
-    "block",
-    "vertical_block",
-    "teacher",
-    "batch_size",
-    "device",
-    "threads",
-    "seed",
-)
+    *LOOK_OPTIONS, "recipe", "img_size", "model", "pretrained", "model_kwargs", "method", "mix",
+    "labels", "tokens", "mixup", "cutmix", "mixup_prob", "mixup_switch_prob", "mixup_mode",
+    "alpha", "tau", "rho", "kappa", "block", "vertical_block", "teacher",
+)  # fmt: skip
 
 
 def option(group: str, default: T, text: str, count: int | None = None) -> T:

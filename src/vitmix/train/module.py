@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -10,9 +11,11 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from vitmix.analysis import difficulty_quantiles
 from vitmix.errors import VitmixError
 from vitmix.functional import soft_cross_entropy
 from vitmix.processes import gather_objects, mean_over_processes, process_rank
+from vitmix.tokens import HorizontalTokenMixup
 from vitmix.train.optimiser import learning_rate_factor, make_optimiser
 from vitmix.train.parallel import whole
 from vitmix.train.speed import Speed
@@ -20,7 +23,7 @@ from vitmix.train.speed import Speed
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vitmix import MixingModel, MixOutput
+    from vitmix import MixingModel, MixOutput, MixTrace
     from vitmix.train.augment import BatchAugment
     from vitmix.train.config import TrainConfig
 
@@ -111,7 +114,10 @@ class MixingTask(pl.LightningModule):
                 f"the loss became {float(worst)} in step {self.global_step + 1} "
                 f"(epoch {self.current_epoch + 1})"
             )
-        self._record({"train/loss": loss.detach(), **out.stats})
+        values = {"train/loss": loss.detach(), **out.stats}
+        if (self.global_step + 1) % self.log_every == 0:
+            values |= self._difficulty(out.trace)
+        self._record(values)
         self._epoch_loss.append(loss.detach())
         if self.watches:
             self.watched, self.watches = (out, images, labels), False
@@ -134,6 +140,18 @@ class MixingTask(pl.LightningModule):
         """Stop where ``max_steps`` says so; the epoch is closed as usual."""
         if self.global_step >= self.steps:
             self.trainer.should_stop = True
+
+    def _difficulty(self, trace: MixTrace) -> dict[str, Tensor]:
+        """Quantiles of the difficulty in this step, and what it is compared with."""
+        values = {}
+        for stage in self.mixing.tokens:
+            if isinstance(stage, HorizontalTokenMixup) and stage.block in trace.difficulty:
+                name = f"{stage.short_name}_{stage.block}"
+                for key, value in difficulty_quantiles(trace.difficulty[stage.block]).items():
+                    values[f"{name}/{key}"] = value
+                if not isinstance(stage.tau, str) and math.isfinite(stage.tau):
+                    values[f"{name}/tau"] = torch.tensor(float(stage.tau))
+        return values
 
     def _record(self, values: dict[str, Tensor]) -> None:
         """Log the mean of each value over ``log_every`` steps."""
