@@ -157,7 +157,7 @@ def test_query_key_saliency_works_in_chunks_and_under_masks(monkeypatch):
         close(whole, expected)
         close(vf.query_key_saliency(query, key, attn_mask=bias, num_prefix_tokens=prefix), expected)
         with monkeypatch.context() as patch:
-            patch.setattr("vitmix.functional.saliency._CHUNK_ELEMENTS", 1)
+            patch.setattr("vitmix.functional.saliency._HELD_BY_CACHE", 1)
             chunked = vf.query_key_saliency(query, key, attn_mask=mask, num_prefix_tokens=prefix)
         close(chunked, wide(whole))
 
