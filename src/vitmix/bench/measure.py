@@ -18,6 +18,10 @@ __all__ = ["Comparison", "Limits", "Measured", "Memory", "Ratio", "Row", "compar
 # A turn repeats what is faster than this, seconds: clocks and threads are not sharper.
 _SHORTEST_TURN = 0.02
 
+# Blocks larger than any freed before (up to 32 MiB) glibc gives back to the system, and takes them
+# page by page again. A process that trains has freed large ones.
+_LARGEST_KEPT = 31 << 20
+
 Work = Callable[[], Any]
 
 
@@ -176,6 +180,7 @@ def compare(comparison: Comparison, device: str, limits: Limits) -> Measured:
         device: where it runs, for waiting and for memory.
         limits: when to stop.
     """
+    torch.empty(_LARGEST_KEPT, dtype=torch.uint8)
     works: dict[str, Work] = {}
     memory: dict[str, Memory] = {}
     results: dict[str, Any] = {}
