@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import timm
 import torch
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -150,6 +151,27 @@ def transmix(path: Path, images: Tensor) -> None:
     )
 
 
+def preview(path: Path, images: Tensor) -> None:
+    """What ``mixing.preview`` shows, of a model with random weights."""
+    torch.manual_seed(0)
+    mixing = vitmix.MixingModel(
+        timm.create_model("vit_tiny_patch16_224", num_classes=2),
+        mix=vitmix.CutMix(),
+        tokens=[
+            vitmix.HorizontalTokenMixup(block=2, tau="auto:0.9", rho="auto:0.3"),
+            vitmix.VerticalTokenMixup(block=3, kappa=3),
+        ],
+        labels=vitmix.TokenAlignedLabels(),
+        num_classes=2,
+    )
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    batch = (torch.cat((images, images.flip(3))) - mean[:, None, None]) / std[:, None, None]
+    mixing.preview(
+        batch, torch.tensor([0, 1, 0, 1]), classes=["flower", "pagoda"], mean=mean.tolist(),
+        std=std.tolist(), samples=1, draws=4,
+    ).save(path)  # fmt: skip
+
+
 def draw_figures(folder: Path) -> None:
     """Write all figures."""
     folder.mkdir(exist_ok=True)
@@ -161,6 +183,7 @@ def draw_figures(folder: Path) -> None:
     tokenmixup(folder / "tokenmixup.png", images)
     tl_align(folder / "tl-align.png", images)
     transmix(folder / "transmix.png", images)
+    preview(folder / "preview.png", images)
 
 
 if __name__ == "__main__":

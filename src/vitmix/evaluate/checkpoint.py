@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
+from tqdm import tqdm
 
 from vitmix.errors import InputError
 from vitmix.train.checkpoint import load_trained
@@ -55,7 +56,7 @@ def evaluate_model(
     loss = MeanMetric().to(device)
     count = 0
     half = _AUTOCAST.get(precision)
-    for images, labels in loader:
+    for images, labels in tqdm(loader, unit=" batches", leave=False, disable=None):
         labels = labels.to(device)
         with torch.autocast(device, dtype=half) if half is not None else nullcontext():
             logits = model(prepare(images.to(device)))
