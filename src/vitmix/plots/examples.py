@@ -15,7 +15,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from vitmix.plots.style import COLOURS, HATCHES, Theme
+from vitmix.plots.style import COLOURS, HATCHES, Theme, draw_heat, draw_image, heat_limits
 from vitmix.preview import (
     Preview,
     Sample,
@@ -173,10 +173,8 @@ def _card(sample: Sample) -> list[_Line]:
             if step.difficulty is not None:
                 title += f" (difficulty {step.difficulty:.2f} nats)"
         if step.saliency is not None and step.partner_saliency is not None:
-            scale = torch.stack((step.saliency, step.partner_saliency))
-            limits = float(scale.min()), float(scale.max())
-            under = step.mixed if number else sample.original
-            under = sample.steps[number - 1].mixed if number else under
+            limits = heat_limits(step.saliency, step.partner_saliency)
+            under = sample.steps[number - 1].mixed if number else sample.original
             panels.append(_heat("own saliency", step.saliency, under, limits))
             panels.append(_heat("its saliency", step.partner_saliency, step.partner_image, limits))
         if step.blended is None:
@@ -227,7 +225,6 @@ class _Sheet:
             )
         )
         axis.set_axis_off()
-        axis.grid(False)
         return axis
 
     def text(self, left: float, top: float, words: str, size: float = 8.5, **style: Any) -> None:
@@ -308,7 +305,7 @@ def _framed(name: str, image: Tensor, source: int) -> _Panel:
     """An image in the colour of a source."""
 
     def draw(axis: Axes, theme: Theme) -> None:
-        _picture(axis, image)
+        draw_image(axis, image)
         frame = Rectangle(
             (0, 0), 1, 1, transform=axis.transAxes, fill=False, clip_on=False,
             edgecolor=_colour(source), linewidth=3, linestyle=("-", (0, (2.2, 1)))[source > 0],
@@ -324,7 +321,7 @@ def _whose(what: str, shares: Tensor) -> _Panel:
 
     def draw(axis: Axes, theme: Theme) -> None:
         colours = torch.tensor([to_rgb(_colour(k)) for k in range(shares.shape[2])])
-        _picture(axis, shares @ colours)
+        draw_image(axis, shares @ colours)
         main = shares.argmax(2)
         fine = max(1, 224 // max(main.shape))
         mask = main.repeat_interleave(fine, 0).repeat_interleave(fine, 1).numpy()
@@ -349,7 +346,7 @@ def _mixed(caption: str, image: Tensor, shares: Tensor) -> _Panel:
     """A mixed image, with lines where its sources meet."""
 
     def draw(axis: Axes, theme: Theme) -> None:
-        _picture(axis, image)
+        draw_image(axis, image)
         if float(shares.max(2).values.min()) > 0.5:
             _outline(axis, shares.argmax(2).numpy())
 
@@ -360,15 +357,7 @@ def _heat(caption: str, saliency: Tensor, image: Tensor, limits: tuple[float, fl
     """Saliency over a grey image: bright is salient."""
 
     def draw(axis: Axes, theme: Theme) -> None:
-        height, width = image.shape[:2]
-        grey = (image @ image.new_tensor([0.3, 0.59, 0.11]))[..., None].expand(-1, -1, 3)
-        _picture(axis, grey)
-        low, high = limits
-        axis.imshow(
-            saliency.numpy(), cmap="inferno", vmin=low, vmax=max(high, low + 1e-6), alpha=0.72,
-            extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest",
-            aspect="auto",
-        )  # fmt: skip
+        draw_heat(axis, image, saliency, limits)
 
     return _Panel(f"{caption} {float(saliency.min()):.1f}–{float(saliency.max()):.1f}×", draw)
 
@@ -381,7 +370,7 @@ def _selection(selection: Selection) -> _Panel:
         chosen = _raster(selection.chosen, image.shape)
         ground = image.new_tensor(to_rgb(theme.ground))
         faded = 0.42 * image.mean(2, keepdim=True) + 0.58 * ground
-        _picture(axis, torch.where(chosen[..., None], image, faded))
+        draw_image(axis, torch.where(chosen[..., None], image, faded))
         main = selection.shares.argmax(2)
         _outline(axis, torch.where(chosen, main + 1, 0).numpy(), shift=1)
 
@@ -393,10 +382,6 @@ def _raster(cells: Tensor, shape: Sequence[int]) -> Tensor:
     rows = torch.arange(shape[0]) * cells.shape[0] // shape[0]
     columns = torch.arange(shape[1]) * cells.shape[1] // shape[1]
     return cells[rows][:, columns]
-
-
-def _picture(axis: Axes, image: Tensor) -> None:
-    axis.imshow(image.clamp(0, 1).numpy(), interpolation="nearest", aspect="auto")
 
 
 def _outline(axis: Axes, index: np.ndarray, shift: int = 0) -> None:

@@ -6,13 +6,20 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from vitmix.plots.curves import Series, smooth
-from vitmix.plots.style import COLOURS, HATCHES, Theme, line_style
+from vitmix.plots.style import (
+    COLOURS,
+    HATCHES,
+    Theme,
+    draw_heat,
+    draw_image,
+    frameless,
+    line_style,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,23 +51,16 @@ def saliency_figure(
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[across, 2.6])[0]
     grid = left.subplots(count, len(found) + 1, squeeze=False)
     for row, (axes, image, name) in enumerate(zip(grid, images, names, strict=True)):
-        _bare(axes[0], image)
+        draw_image(axes[0], image)
         axes[0].set_title(name, fontsize=8.5, loc="left")
-        grey = (image @ image.new_tensor([0.3, 0.59, 0.11]))[..., None].expand(-1, -1, 3)
-        height, width = image.shape[:2]
         for axis, (detector, detected) in zip(axes[1:], found.items(), strict=True):
-            _bare(axis, grey)
             if detected.maps is None or detected.sharpness is None or detected.top_share is None:
                 words = textwrap.fill(detected.reason.partition(". ")[0], 28)
-                axis.text(0.5, 0.5, words, fontsize=7, ha="center", va="center",
-                          transform=axis.transAxes)  # fmt: skip
-                axis.images[0].set_visible(False)
+                axis.set_axis_off()
+                axis.text(0.5, 0.5, words, fontsize=7, ha="center", transform=axis.transAxes)
                 axis.set_title(f"{detector}: none", fontsize=8.5, loc="left")
                 continue
-            axis.imshow(
-                detected.maps[row].numpy(), cmap="inferno", alpha=0.72, interpolation="nearest",
-                extent=(-0.5, width - 0.5, height - 0.5, -0.5),
-            )  # fmt: skip
+            draw_heat(axis, image, detected.maps[row])
             head = f"{detector}\n" if row == 0 else ""
             sharp, top = float(detected.sharpness[row]), float(detected.top_share[row])
             axis.set_title(f"{head}{sharp:.3f} · {top:.0%} in 10%", fontsize=8.5, loc="left")
@@ -108,13 +108,13 @@ def fluctuation_figure(
     figure.suptitle(title, fontsize=11.5, weight="bold", x=0.01, ha="left")
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.75, 3.0])[:, 0]
     axes = upper.subplots(1, len(shown) + 1)
-    _bare(axes[0], image)
+    draw_image(axes[0], image)
     axes[0].set_title("mixed image", fontsize=8.5, loc="left")
     ramp = LinearSegmentedColormap.from_list("whose", [PARTNER, "#f4f4f4", OWN])
     for axis, place in zip(axes[1:], shown, strict=True):
         shares = found.maps[place][row]
         drawn = axis.imshow(shares.numpy(), cmap=ramp, vmin=0, vmax=1, interpolation="nearest")
-        _frameless(axis)
+        frameless(axis)
         words = "input" if place == 0 else f"block {place - 1}"
         low, high = float(shares.min()), float(shares.max())
         axis.set_title(f"{words}\n{low:.0%} to {high:.0%}", fontsize=8.5, loc="left")
@@ -211,16 +211,3 @@ def _bands(axis: Axes, metrics: Mapping[str, Series], stage: str) -> None:
 
 def _smoothed(series: Series) -> tuple[list[float], list[float]]:
     return [step for step, _ in series], smooth([value for _, value in series])
-
-
-def _bare(axis: Axes, image: Tensor) -> None:
-    axis.imshow(torch.as_tensor(image).clamp(0, 1).numpy(), interpolation="nearest")
-    _frameless(axis)
-
-
-def _frameless(axis: Axes) -> None:
-    axis.set_xticks([])
-    axis.set_yticks([])
-    axis.grid(False)
-    for spine in axis.spines.values():
-        spine.set_visible(False)

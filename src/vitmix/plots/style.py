@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from torch import Tensor
 
 __all__ = [
     "COLOURS",
@@ -25,6 +27,10 @@ __all__ = [
     "LIGHT",
     "THEMES",
     "Theme",
+    "draw_heat",
+    "draw_image",
+    "frameless",
+    "heat_limits",
     "line_style",
     "pixels_of_figure",
     "save_figure",
@@ -119,3 +125,46 @@ def save_figure(figure: Figure, path: Path, dpi: int) -> Path:
             f"expected a place to write in, cannot write {path}: {error.strerror}"
         ) from error
     return path
+
+
+def draw_image(axis: Axes, image: Tensor) -> None:
+    """Show an image ``(H, W, 3)`` in [0, 1], and nothing else."""
+    axis.imshow(image.clamp(0, 1).numpy(), interpolation="nearest")
+    frameless(axis)
+
+
+def draw_heat(
+    axis: Axes, image: Tensor, saliency: Tensor, limits: tuple[float, float] | None = None
+) -> None:
+    """Show saliency ``(h, w)`` over an image in grey: bright is salient.
+
+    Args:
+        axis: where to draw.
+        image: ``(H, W, 3)`` in [0, 1].
+        saliency: of its tokens.
+        limits: darkest and brightest value; by default :func:`heat_limits`.
+    """
+    height, width = image.shape[:2]
+    grey = image @ image.new_tensor([0.3, 0.59, 0.11])
+    draw_image(axis, grey[..., None].expand(-1, -1, 3))
+    low, high = limits or heat_limits(saliency)
+    axis.imshow(
+        saliency.numpy(), cmap="inferno", alpha=0.72, interpolation="nearest", vmin=low, vmax=high,
+        extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+    )  # fmt: skip
+
+
+def heat_limits(*saliency: Tensor) -> tuple[float, float]:
+    """Darkest and brightest value for maps to be compared; one token may outshine all others."""
+    values = np.concatenate([part.numpy().ravel() for part in saliency])
+    low, high = np.quantile(values, (0.01, 0.98))
+    return float(low), max(float(high), float(low) + 1e-6)
+
+
+def frameless(axis: Axes) -> None:
+    """Take ticks, grid and frame away."""
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.grid(False)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
