@@ -152,7 +152,7 @@ def test_variants_take_turns() -> None:
         "steps", "turns", "a", {name: partial(partial, calls.append, name) for name in "abc"}, 0.0
     )
     measured = compare(comparison, "cpu", Limits(most=9, least=2))
-    assert "".join(calls[:6]) == "abcabc"
+    assert "".join(calls[:6]) == "aabbcc"
     turns = [name for name, before in zip(calls[6:], calls[5:], strict=False) if name != before]
     assert "".join(turns) == "abcba"  # the second round begins where the first ended
     assert all(len(row.clock) == 2 for row in measured.rows.values())

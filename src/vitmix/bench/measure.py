@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
 
 __all__ = ["Comparison", "Limits", "Measured", "Memory", "Ratio", "Row", "compare", "peak_memory"]
 
@@ -181,29 +182,29 @@ def compare(comparison: Comparison, device: str, limits: Limits) -> Measured:
         limits: when to stop.
     """
     torch.empty(_LARGEST_KEPT, dtype=torch.uint8)
-    works: dict[str, Work] = {}
-    memory: dict[str, Memory] = {}
-    results: dict[str, Any] = {}
-    repeats: dict[str, int] = {}
-    for name, make in comparison.makers.items():
-        memory[name], works[name], results[name] = _begin(make, device)
-    figures = {} if comparison.figures is None else comparison.figures(results)
-    results.clear()
-    for name, work in works.items():
-        repeats[name] = max(1, int(_SHORTEST_TURN / max(_turn(work, 1, device)[0], 1e-6)))
-    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
-    start, rounds = time.perf_counter(), 0
-    while rounds < limits.most and (
-        rounds < limits.least or time.perf_counter() - start < comparison.seconds * limits.pace
-    ):
-        for name in list(works)[:: 1 if rounds % 2 == 0 else -1]:
-            turns[name].append(_turn(works[name], repeats[name], device))
-        rounds += 1
+    with tqdm(total=limits.most, desc=comparison.key, disable=None, leave=False) as bar:
+        begun: dict[str, _Begun] = {}
+        for name, make in comparison.makers.items():
+            bar.set_postfix_str(name)
+            begun[name] = _begin(make, device)
+        results = {name: each.results.pop() for name, each in begun.items()}
+        figures = {} if comparison.figures is None else comparison.figures(results)
+        results.clear()
+        turns: dict[str, list[tuple[float, float]]] = {name: [] for name in begun}
+        start, rounds = time.perf_counter(), 0
+        while rounds < limits.most and (
+            rounds < limits.least or time.perf_counter() - start < comparison.seconds * limits.pace
+        ):
+            for name in list(begun)[:: 1 if rounds % 2 == 0 else -1]:
+                bar.set_postfix_str(name)
+                turns[name].append(_turn(begun[name].work, begun[name].repeats, device))
+            rounds += 1
+            bar.update()
     rows = {
         name: Row(
             clock=[clock for clock, _ in found],
             processor=[processor for _, processor in found],
-            memory=memory[name],
+            memory=begun[name].memory,
             figures=dict(figures.get(name, {})),
         )
         for name, found in turns.items()
@@ -218,15 +219,36 @@ def compare(comparison: Comparison, device: str, limits: Limits) -> Measured:
     )
 
 
-def _begin(make: Callable[[], Work], device: str) -> tuple[Memory, Work, Any]:
-    work: list[Work] = []
+class _Begun(NamedTuple):
+    """A variant that has been called once.
+
+    Attributes:
+        work: what is timed.
+        memory: of making it and of its first call.
+        repeats: calls in a turn.
+        results: what the first call returned.
+    """
+
+    work: Work
+    memory: Memory
+    repeats: int
+    results: list[Any]
+
+
+def _begin(make: Callable[[], Work], device: str) -> _Begun:
+    works: list[Work] = []
+    starts: list[float] = []
 
     def run() -> Any:
-        work.append(make())
-        return work[0]()
+        works.append(make())
+        starts.append(time.perf_counter())
+        return works[0]()
 
     memory, result = peak_memory(run, device)
-    return memory, work[0], result
+    repeats = 1
+    if time.perf_counter() - starts[0] < 1.0:  # else a turn is long enough, and another too dear
+        repeats = max(1, int(_SHORTEST_TURN / max(_turn(works[0], 1, device)[0], 1e-6)))
+    return _Begun(works[0], memory, repeats, [result])
 
 
 def peak_memory(work: Work, device: str) -> tuple[Memory, Any]:
