@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,20 @@ def test_four_commands_from_the_first_page_to_a_model(
         "num_classes": 10, "checkpoint_path": "pictures.safetensors",
     }  # fmt: skip
     assert timm.create_model("vit_small_patch16_224", **weights)(torch.rand(1, 3, 32, 32)).shape
+
+
+def test_site_builds_without_a_warning(tmp_path: Path) -> None:
+    """Links, references of docstrings and pages outside of every table of contents included."""
+    pytest.importorskip("myst_nb")
+    pytest.importorskip("latex2mathml")
+    command = [sys.executable, "-m", "sphinx", "-n", "-W", "--keep-going", "-q", "-b", "html"]
+    done = subprocess.run(
+        [*command, str(DOCS), str(tmp_path / "html")],
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first = (tmp_path / "html" / "index.html").read_text()
+    assert not re.findall(r"(?:src|href)=\"(?:https?:)?//[^\"]*\.(?:js|css|woff2?)", first)
 
 
 @pytest.mark.filterwarnings("ignore")
