@@ -215,9 +215,9 @@ def _previews(kinds: Sequence[Kind]) -> Section | None:
     if not parts:
         return None
     text = (
-        "Samples of training batches, as they were mixed. Blue is the image itself, orange its "
-        "partner: in the frames, in the mask, and in the target that the model is trained towards. "
-        "Replaced tokens are shown as the image patches they stand for."
+        "Samples of training batches, as they were mixed. The image itself is blue, its partner "
+        "orange and hatched: in the frames, in the mask, and in the target that the model is "
+        "trained towards. Replaced tokens are shown as the image patches they stand for."
     )
     return Section("What was mixed", text, parts=parts)
 
