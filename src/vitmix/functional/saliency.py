@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -112,6 +113,15 @@ def query_key_attention(
         return scores.softmax(-1)
 
 
+def _triton_is_asked_for(tensor: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    kernels = os.environ.get("VITMIX_KERNELS", "torch")
+    if kernels not in ("torch", "triton"):
+        raise InputError(f"expected VITMIX_KERNELS to be torch or triton, got {kernels!r}")
+    return kernels == "triton" and tensor.device.type == "cuda" and tensor.dtype != torch.float64
+
+
 def _runs_on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -130,7 +140,8 @@ def query_key_saliency(
     """:func:`attention_saliency` from queries and keys, without the whole attention map.
 
     A class token's saliency needs one row of attention. The mean over queries needs all rows, but
-    only some samples at a time.
+    only some samples at a time. On CUDA with the environment variable ``VITMIX_KERNELS=triton``
+    (and Triton installed) no row is ever held.
 
     Args:
         query: ``(B, H, N, d)``.
@@ -150,6 +161,12 @@ def query_key_saliency(
     rows = slice(0, 1) if by_class_token else slice(num_prefix_tokens, tokens)
     columns = slice(num_prefix_tokens, tokens if num_keys is None else num_keys)
     query = query[:, :, rows]
+    if attn_mask is None and not by_class_token and _triton_is_asked_for(query):
+        from vitmix.functional.triton_kernels import MOST_CHANNELS, column_means
+
+        if query.shape[-1] <= MOST_CHANNELS and query.dtype == key.dtype:
+            factor = query.shape[-1] ** -0.5 if scale is None else scale
+            return column_means(query, key, factor, query_weights)[:, columns]
     if attn_mask is not None:
         attn_mask = attn_mask.expand(batch, heads, tokens, key.shape[2])[:, :, rows]
     held = _HELD_BY_CACHE if _runs_on_cpu(query) else _HELD_BY_DEVICE
