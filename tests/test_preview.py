@@ -38,6 +38,7 @@ METHODS: dict[str, Callable[[], Stages]] = {
     "horizontal": lambda: {"tokens": [horizontal()]},
     "tokenmixup": lambda: {"tokens": [horizontal(), vitmix.VerticalTokenMixup(2, kappa=3)]},
     "cutmix+horizontal": lambda: {"mix": vitmix.CutMix(), "tokens": [horizontal()]},
+    "by-count": lambda: {"mix": vitmix.CutMix(), "tokens": [horizontal(relabel="area")]},
     "transmix+horizontal": lambda: {
         "mix": vitmix.CutMix(), "labels": vitmix.AttentionLabels(), "tokens": [horizontal()],
     },
@@ -55,8 +56,20 @@ def make(method: str, model: Callable[[], Any] = make_vit, **options: Any) -> vi
     return vitmix.MixingModel(model(), num_classes=NUM_CLASSES, **stages, **options)
 
 
-@pytest.mark.parametrize("model", [make_vit, make_cct])
-@pytest.mark.parametrize("method", METHODS)
+def make_swin() -> Any:
+    import timm
+
+    return timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=32, window_size=4, depths=(2, 2), embed_dim=32,
+        num_heads=(1, 2), num_classes=NUM_CLASSES,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "model"),
+    [(method, model) for method in METHODS for model in (make_vit, make_cct)]
+    + [(method, make_swin) for method in ("cutmix+horizontal", "transmix+horizontal", "twice")],
+)
 def test_bars_are_the_targets_of_the_step(method: str, model: Callable[[], Any]) -> None:
     images, _ = batch(NUM_CLASSES)
     labels = torch.arange(NUM_CLASSES)  # a class each: whose label is whose can be told

@@ -7,9 +7,10 @@ A picture is made in three parts: :func:`choose_rows` finds samples that tell so
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vitmix.backbones import Backbone
 from vitmix.errors import InputError
 from vitmix.functional.grids import Grid
 from vitmix.functional.horizontal import HorizontalPlan, mix_targets
@@ -48,7 +48,6 @@ __all__ = [
     "looking",
     "make_samples",
     "preview",
-    "rule_name",
     "shown_as",
 ]
 
@@ -56,6 +55,9 @@ RULES: dict[type[LabelRule], str] = {
     AreaLabels: "area", TeacherLabels: "teacher", AttentionLabels: "attention",
     TokenAlignedLabels: "aligned shares",
 }  # fmt: skip
+NOT_MIXED = (
+    "This method mixes no samples: nothing comes from a partner. Vertical mixing works within one."
+)
 
 
 @dataclass(frozen=True)
@@ -201,9 +203,11 @@ def preview(
         with looking(mixing, seed + attempt):
             steps.append(mixing(images, targets, maps=maps, record=True))
     out = max(steps, key=lambda step: float(_worth(step.trace, labels).max()))
-    known = (
-        [f"class {label}" for label in range(mixing.num_classes)] if classes is None else classes
-    )
+    if classes is None:
+        classes = [f"class {label}" for label in range(mixing.num_classes)]
+    if mean is None or std is None:  # their range of values is stretched
+        low, high = float(images.min()), float(images.max())
+        mean, std = [low] * images.shape[1], [max(high - low, 1e-6)] * images.shape[1]
     if isinstance(samples, int):
         rows = choose_rows(out.trace, labels, samples)
         rows += [row for row in range(len(images)) if row not in rows][: samples - len(rows)]
@@ -213,10 +217,8 @@ def preview(
             raise InputError(
                 f"expected `samples` as places in the batch from 0 to {len(images) - 1}, got {rows}"
             )
-    chosen = make_samples(
-        out.trace, shown_as(images, mean, std), shown_as(out.trace.images, mean, std, like=images),
-        [known[label] for label in labels.tolist()], rows, mixing.backbone, rule_name(mixing),
-    )  # fmt: skip
+    names = [classes[label] for label in labels.tolist()]
+    chosen = make_samples(out.trace, images, names, rows, mixing, mean, std)
     return Preview(tuple(chosen), _note(mixing, out.trace), title)
 
 
@@ -246,25 +248,11 @@ def looking(mixing: MixingModel, seed: int) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def shown_as(
-    images: Tensor,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    like: Tensor | None = None,
-) -> Tensor:
-    """Normalised images ``(B, 3, H, W)`` as they look, ``(B, H, W, 3)`` in [0, 1].
-
-    Without mean and standard deviation the range of ``like`` is stretched to [0, 1].
-    """
-    images = images.detach().float()
-    if mean is None or std is None:
-        like = images if like is None else like
-        low, high = like.min(), like.max()
-        images = (images - low) / (high - low).clamp_min(1e-6)
-    else:
-        scale, shift = (images.new_tensor(list(value))[:, None, None] for value in (std, mean))
-        images = images * scale + shift
-    return images.clamp(0, 1).permute(0, 2, 3, 1).cpu().expand(-1, -1, -1, 3)
+def shown_as(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalised images ``(B, C, H, W)`` as they look, ``(B, H, W, 3)`` in [0, 1] on the CPU."""
+    images = images.detach().float().cpu()
+    scale, shift = (torch.tensor(list(values))[:, None, None] for values in (std, mean))
+    return (images * scale + shift).clamp(0, 1).permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
 
 
 def _stages(trace: MixTrace) -> list[tuple[int | None, Any]]:
@@ -317,124 +305,206 @@ def _worth(trace: MixTrace, labels: Tensor) -> Tensor:
     return worth * here
 
 
-@dataclass(frozen=True)
-class _State:
-    """The samples at hand between two stages: pictures ``(n, H, W, 3)``, and whose pixels."""
-
-    mixed: Tensor
-    whose: Mixture
-
-
 @torch.no_grad()
 def make_samples(
     trace: MixTrace,
     images: Tensor,
-    fed: Tensor,
     names: Sequence[str],
     rows: Sequence[int],
-    backbone: Backbone,
-    rule: str,
+    mixing: MixingModel,
+    mean: Sequence[float],
+    std: Sequence[float],
 ) -> list[Sample]:
     """Follow samples through the stages of a step.
 
     Args:
         trace: what was mixed.
-        images: ``(B, H, W, 3)`` before mixing, as they look.
-        fed: ``(B, H, W, 3)`` as fed to the model.
+        images: ``(B, C, H, W)`` before mixing.
         names: class of each sample.
         rows: which samples.
-        backbone: of the model.
-        rule: name of the label rule in use.
+        mixing: what took the step.
+        mean: that the images were normalised by.
+        std: likewise.
     """
-    trace = _moved(trace)
-    plans, first = _stages(trace), _first(trace)
-    needed = torch.tensor(rows, dtype=torch.long)
-    for block, plan in reversed(plans):
-        others = plan.partner[needed] - (0 if block is None else first)
-        needed = torch.cat((needed, others)).unique()  # type: ignore[no-untyped-call]
-    local = torch.zeros(len(images), dtype=torch.long)
-    local[needed] = torch.arange(len(needed))
+    followed = _Followed(trace, images, rows, mixing, mean, std)
+    return [followed.sample(row, names) for row in rows]
 
-    def partner_of(block: int | None, plan: Any) -> Tensor:
-        others = plan.partner[needed] - (0 if block is None else first)
-        return local[others.clamp(0, len(images) - 1)]
 
-    size: Grid = (images.shape[1], images.shape[2])
-    states: list[tuple[int | None, Any, _State]] = []
-    state = _State(images[needed], Mixture.unmixed(len(needed), size[0] * size[1], images.device))
-    start = state
-    for block, plan in plans:
-        partner = partner_of(block, plan)
-        if isinstance(plan, PixelPlan):
-            own = plan.own if len(plan.own) == 1 else plan.own[needed]
-            whose = PixelPlan(partner, _raster(own, size), plan.binary).mixture(size)
-            state = _State(fed[needed], whose)
-        elif isinstance(plan, HorizontalPlan):
-            cells = plan.replace[needed].view(-1, *_grid(backbone, block, size))
-            over = _raster(cells, size)
-            mixed = torch.where(over[..., None], state.mixed[partner], state.mixed)
-            state = _State(mixed, state.whose.replaced(partner, over.flatten(1)))
-        else:
-            own = plan.own_weight[needed]
-            mixed = torch.lerp(state.mixed[partner], state.mixed, own[:, None, None, None])
-            state = _State(mixed, state.whose.blended(partner, own))
-        states.append((block, plan, state))
-    labels = _label_weights(trace, needed, local, first, rule)
-    made = []
-    for row in rows:
-        place = int(local[row])
-        sources = list(dict.fromkeys(state.whose.sources[place].tolist()))
+@dataclass(frozen=True)
+class _State:
+    """The samples at hand between two stages: pictures ``(n, H, W, 3)``, and whose pixels."""
 
-        def shares_of(at: _State, place: int = place, sources: list[int] = sources) -> Tensor:
-            shares = torch.zeros(at.whose.shares.shape[1], len(sources))
-            index = torch.tensor([sources.index(k) for k in at.whose.sources[place].tolist()])
-            return shares.index_add_(1, index, at.whose.shares[place]).view(*size, -1)
+    block: int | None
+    plan: Any
+    partner: Tensor
+    mixed: Tensor
+    whose: Mixture
 
-        steps, before = [], start
-        for block, plan, after in states:
-            other = int(partner_of(block, plan)[place])
-            step = Step(
-                block,
-                sources.index(other),
-                before.mixed[other],
-                shares_of(after),
-                after.mixed[place],
+
+class _Followed:
+    """Some samples of a step, and those that they were mixed with, from stage to stage.
+
+    Only these n samples are looked at. They have numbers of their own, by ``local``.
+    """
+
+    def __init__(
+        self,
+        trace: MixTrace,
+        images: Tensor,
+        rows: Sequence[int],
+        mixing: MixingModel,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        self.trace = _moved(trace)
+        self.backbone = mixing.backbone
+        self.rule = _rule_name(mixing.labels, mixing.tokens, trace.pixels is not None)
+        self.mixing = mixing
+        self.batch, self.size = len(images), (int(images.shape[2]), int(images.shape[3]))
+        needed = torch.tensor(rows, dtype=torch.long)
+        for block, plan in reversed(_stages(self.trace)):
+            both = torch.cat((needed, self._partner(block, plan)[needed]))
+            needed = both.unique()  # type: ignore[no-untyped-call]
+        self.needed = needed
+        self.local = torch.zeros(self.batch, dtype=torch.long)
+        self.local[needed] = torch.arange(len(needed))
+        here = needed.to(images.device)
+        self.images = shown_as(images[here], mean, std)
+        self.states = self._states(shown_as(trace.images[here], mean, std))
+        self.labels = self._labels()
+
+    def _partner(self, block: int | None, plan: Any) -> Tensor:
+        """``(B,)`` places in the batch; those of other processes are not asked for."""
+        others: Tensor = plan.partner - (0 if block is None else _first(self.trace))
+        return others.clamp(0, self.batch - 1)
+
+    def _grid(self, block: int) -> Grid:
+        return self.backbone.block_grid(block, self.backbone.grid(self.size))
+
+    def _states(self, fed: Tensor) -> list[_State]:
+        """The samples before mixing, then behind every stage that mixes."""
+        count, pixels = len(self.needed), self.size[0] * self.size[1]
+        whose = Mixture.unmixed(count, pixels, self.needed.device)
+        state = _State(None, None, torch.arange(count), self.images, whose)
+        states = [state]
+        for block, plan in _stages(self.trace):
+            partner = self.local[self._partner(block, plan)[self.needed]]
+            if isinstance(plan, PixelPlan):
+                own = plan.own if len(plan.own) == 1 else plan.own[self.needed]
+                mixed = fed
+                drawn = PixelPlan(partner, _raster(own, self.size), plan.binary)
+                whose = drawn.mixture(self.size)
+            elif isinstance(plan, HorizontalPlan):
+                cells = plan.replace[self.needed].view(count, *self._grid(block or 0))
+                over = _raster(cells, self.size)
+                mixed = torch.where(over[..., None], state.mixed[partner], state.mixed)
+                whose = state.whose.replaced(partner, over.flatten(1))
+            else:
+                own = plan.own_weight[self.needed]
+                mixed = torch.lerp(state.mixed[partner], state.mixed, own[:, None, None, None])
+                whose = state.whose.blended(partner, own)
+            state = _State(block, plan, partner, mixed, whose)
+            states.append(state)
+        return states
+
+    def _labels(self) -> dict[str, Tensor]:
+        """By rule, the weight ``(n, n)`` of each sample's label in each one's target."""
+        trace, found = self.trace, {}
+        if trace.sources is not None and trace.weights is not None:
+            found[self.rule] = self._spread(
+                trace.sources, trace.weights, trace.weights_cover_tokens
             )
-            if not isinstance(plan, HorizontalPlan):
-                step = replace(step, blended=_own_share(plan, row))
-            before = after
-            if block is not None and isinstance(plan, HorizontalPlan):
-                step = _with_evidence(step, trace, backbone, block, row, int(needed[other]), size)
-            if other != place:
-                steps.append(step)
-        selections = []
-        for target, by_block in sorted(trace.selected.items()):
-            for block, positions in sorted(by_block.items()):
-                seen = [s for at, _, s in states if at is None or at <= block]
-                here = seen[-1] if seen else start
-                chosen = torch.zeros(_grid(backbone, block, size), dtype=torch.bool)
-                chosen.view(-1)[positions[row]] = True
-                selections.append(
-                    Selection(target, block, chosen, here.mixed[place], shares_of(here))
-                )
-        shares = shares_of(state)
-        by_rule = {rule: labels[rule][place, sources]} if rule in labels else {}
-        by_rule |= {"area": shares.mean((0, 1))} if rule != "area" else {}
-        by_rule |= {name: w[place, sources] for name, w in labels.items() if name not in by_rule}
-        made.append(
-            Sample(
-                row=row,
-                names=tuple(names[int(needed[source])] for source in sources),
-                original=images[row],
-                shares=shares,
-                mixed=state.mixed[place],
-                steps=tuple(steps),
-                selections=tuple(selections),
-                labels=by_rule,
-                rule=rule,
-            )
+        if trace.record is not None:
+            evidence = trace.record.evidence
+            for rule in _told_by(evidence):
+                name = _rule_name(rule, self.mixing.tokens, trace.pixels is not None)
+                if name not in found:
+                    mixture = trace.record.mixture if rule.follows_shares else evidence.mixture
+                    weights = rule.weights(replace(evidence, mixture=mixture))
+                    found[name] = self._spread(mixture.sources, weights, rule.follows_shares)
+        return found
+
+    def _spread(self, sources: Tensor, weights: Tensor, complete: bool) -> Tensor:
+        """Weights of sources as a table; token stages mix it by Eq. 11 if shares did not follow."""
+        inside = torch.zeros(self.batch, dtype=torch.bool)
+        inside[self.needed] = True
+        at = (sources[self.needed] - _first(self.trace)).clamp(0, self.batch - 1)
+        table = torch.zeros(len(self.needed), len(self.needed))
+        table.scatter_add_(
+            1, self.local[at], torch.where(inside[at], weights[self.needed].float(), 0)
         )
-    return made
+        for state in self.states:
+            if state.block is not None and not complete:
+                table = mix_targets(table, state.partner, state.plan.own_weight[self.needed])
+        return table
+
+    def sample(self, row: int, names: Sequence[str]) -> Sample:
+        """What happened to one of the samples."""
+        place, last = int(self.local[row]), self.states[-1]
+        sources = list(dict.fromkeys(last.whose.sources[place].tolist()))
+        shares = self._shares(last, place, sources)
+        labels = {self.rule: self.labels[self.rule][place, sources]}
+        labels |= {} if "area" in labels else {"area": shares.mean((0, 1))}
+        labels |= {k: table[place, sources] for k, table in self.labels.items() if k not in labels}
+        return Sample(
+            row=row,
+            names=tuple(names[int(self.needed[source])] for source in sources),
+            original=self.images[place],
+            shares=shares,
+            mixed=last.mixed[place],
+            steps=tuple(
+                self._step(before, state, place, sources)
+                for before, state in pairwise(self.states)
+                if int(state.partner[place]) != place
+            ),
+            selections=tuple(self._selections(place, sources)),
+            labels=labels,
+            rule=self.rule,
+        )
+
+    def _shares(self, state: _State, place: int, sources: list[int]) -> Tensor:
+        """``(H, W, K)`` of these sources."""
+        known = state.whose.shares[place]
+        index = torch.tensor([sources.index(k) for k in state.whose.sources[place].tolist()])
+        shares = torch.zeros(len(known), len(sources)).index_add_(1, index, known)
+        return shares.view(*self.size, -1)
+
+    def _step(self, before: _State, state: _State, place: int, sources: list[int]) -> Step:
+        row, other = int(self.needed[place]), int(state.partner[place])
+        step = Step(
+            block=state.block,
+            partner=sources.index(other),
+            partner_image=before.mixed[other],
+            shares=self._shares(state, place, sources),
+            mixed=state.mixed[place],
+        )
+        if not isinstance(state.plan, HorizontalPlan):
+            return replace(step, blended=_own_share(state.plan, row))
+        block, trace = state.block or 0, self.trace
+        grid = self._grid(block)
+        step = replace(step, replaced=state.plan.replace[row].view(grid))
+        if block not in trace.saliency:
+            return step
+        saliency = trace.saliency[block].view(-1, *grid) * (grid[0] * grid[1])
+        return replace(
+            step,
+            saliency=saliency[row],
+            partner_saliency=saliency[int(self.needed[other])],
+            difficulty=float(trace.difficulty[block][row]),
+        )
+
+    def _selections(self, place: int, sources: list[int]) -> Iterator[Selection]:
+        """What vertical mixing took of a sample as it was at each block."""
+        row = int(self.needed[place])
+        for target, by_block in sorted(self.trace.selected.items()):
+            for block, positions in sorted(by_block.items()):
+                seen = [s for s in self.states if s.block is None or s.block <= block]
+                chosen = torch.zeros(self._grid(block), dtype=torch.bool)
+                chosen.view(-1)[positions[row]] = True
+                yield Selection(
+                    target, block, chosen, seen[-1].mixed[place],
+                    self._shares(seen[-1], place, sources),
+                )  # fmt: skip
 
 
 def _own_share(plan: PixelPlan | BlendPlan, row: int) -> float | None:
@@ -464,12 +534,6 @@ def _moved(trace: MixTrace) -> MixTrace:
     return moved
 
 
-def _grid(backbone: Backbone, block: int | None, size: Grid) -> Grid:
-    """Token grid at a block."""
-    assert block is not None
-    return backbone.block_grid(block, backbone.grid(size))
-
-
 def _raster(cells: Tensor, size: Grid) -> Tensor:
     """Values ``(n, h, w)`` of cells on the pixels they cover, ``(n, H, W)``."""
     rows = torch.arange(size[0]) * cells.shape[1] // size[0]
@@ -477,58 +541,7 @@ def _raster(cells: Tensor, size: Grid) -> Tensor:
     return cells[:, rows][:, :, columns]
 
 
-def _with_evidence(
-    step: Step, trace: MixTrace, backbone: Backbone, block: int, row: int, other: int, size: Grid
-) -> Step:
-    """A step of horizontal mixing with what it was decided by."""
-    grid = _grid(backbone, block, size)
-    step = replace(step, replaced=trace.horizontal[block].replace[row].view(grid))
-    if block not in trace.saliency:
-        return step
-    saliency = trace.saliency[block] * (grid[0] * grid[1])
-    return replace(
-        step,
-        saliency=saliency[row].view(grid),
-        partner_saliency=saliency[other].view(grid),
-        difficulty=float(trace.difficulty[block][row]),
-    )
-
-
-def _label_weights(
-    trace: MixTrace, needed: Tensor, local: Tensor, first: int, rule: str
-) -> dict[str, Tensor]:
-    """By rule, the weight of each sample's label in each one's target, ``(n, n)``.
-
-    Token stages mix targets by Eq. 11 of TokenMixup, where shares did not follow them.
-    """
-    inside = torch.zeros(len(local), dtype=torch.bool)
-    inside[needed] = True
-
-    def spread(sources: Tensor, weights: Tensor, complete: bool) -> Tensor:
-        at = (sources[needed] - first).clamp(0, len(local) - 1)
-        table = torch.zeros(len(needed), len(needed))
-        table.scatter_add_(1, local[at], torch.where(inside[at], weights[needed].float(), 0))
-        for block, plan in _stages(trace):
-            if block is not None and not complete:
-                others = (plan.partner[needed] - first).clamp(0, len(local) - 1)
-                table = mix_targets(table, local[others], plan.own_weight[needed])
-        return table
-
-    found = {}
-    if trace.sources is not None and trace.weights is not None:
-        found[rule] = spread(trace.sources, trace.weights, trace.weights_cover_tokens)
-    if trace.record is not None:
-        evidence = trace.record.evidence
-        for other in _other_rules(evidence):
-            mixture = trace.record.mixture if other.follows_shares else evidence.mixture
-            known = replace(evidence, mixture=mixture)
-            name = _joined(RULES[type(other)], trace.pixels, bool(trace.horizontal), other)
-            if name not in found:
-                found[name] = spread(mixture.sources, other.weights(known), other.follows_shares)
-    return found
-
-
-def _other_rules(evidence: LabelEvidence) -> list[LabelRule]:
+def _told_by(evidence: LabelEvidence) -> list[LabelRule]:
     """The rules that a step tells the weights of, whichever was in use."""
     rules: list[LabelRule] = []
     if evidence.attention is not None and evidence.pixels is not None:
@@ -538,25 +551,20 @@ def _other_rules(evidence: LabelEvidence) -> list[LabelRule]:
     return rules
 
 
-def rule_name(mixing: MixingModel) -> str:
-    """What to call the rule that makes the targets."""
-    name = RULES.get(type(mixing.labels), type(mixing.labels).__name__)
-    horizontal = any(isinstance(stage, HorizontalTokenMixup) for stage in mixing.tokens)
-    return _joined(name, mixing.mix, horizontal, mixing.labels)
-
-
-def _joined(name: str, pixels: object, horizontal: bool, rule: LabelRule) -> str:
-    """The name with that of the rule that token stages then mix targets by."""
-    if rule.follows_shares or not horizontal:
+def _rule_name(rule: LabelRule, stages: Iterable[object], pixels: bool) -> str:
+    """What to call a label rule, with the rule by which horizontal mixing goes on from it."""
+    name = RULES.get(type(rule), type(rule).__name__)
+    then = [stage.relabel for stage in stages if isinstance(stage, HorizontalTokenMixup)]
+    if rule.follows_shares or not then:
         return name
-    return "saliency" if pixels is None else f"{name}, then saliency"
+    return f"{name}, then {then[0]}" if pixels else then[0]
 
 
 def _note(mixing: MixingModel, trace: MixTrace) -> str:
     """Why a step mixed less than one might expect."""
     notes = []
     if mixing.mix is None and not any(isinstance(s, TokenMixer) for s in mixing.tokens):
-        notes.append("This method mixes no samples: neither pixels nor tokens of a partner.")
+        notes.append(NOT_MIXED)
     if trace.pixels is not None and bool((trace.pixels.lam > 0.999).all()):
         notes.append("The pixels were left unmixed in this draw.")
     taus = {s.block: s.tau for s in mixing.tokens if isinstance(s, HorizontalTokenMixup)}

@@ -173,13 +173,13 @@ def _opened(config: TrainConfig, spec: MethodSpec) -> tuple[TrainConfig, str]:
     words = []
     if config.tau is None and "tau" not in horizontal[0]:
         config = replace(config, tau=math.inf)
-        words.append("every sample counts as easy (--tau inf)")
+        words.append("--tau inf (every sample counts as easy)")
     if config.rho is None and "rho" not in horizontal[0] and not config.pretrained:
         config = replace(config, rho="auto:0.3")
-        words.append("about a third of the tokens is replaced (--rho auto:0.3)")
+        words.append("--rho auto:0.3 (about a third of their tokens is replaced)")
     if not words:
         return config, ""
-    return config, f"Nothing is trained yet, so {' and '.join(words)}."
+    return config, f"Nothing is trained yet, hence {' and '.join(words)}."
 
 
 def _load_stages(mixing: MixingModel, path: Path) -> None:

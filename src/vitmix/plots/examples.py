@@ -23,8 +23,6 @@ from vitmix.preview import (
     Step,
     choose_rows,
     make_samples,
-    rule_name,
-    shown_as,
 )
 
 if TYPE_CHECKING:
@@ -86,12 +84,8 @@ def telling_examples(
         count: samples at most.
     """
     rows = choose_rows(out.trace, labels, count)
-    return make_samples(
-        out.trace, shown_as(images, data.mean, data.std),
-        shown_as(out.trace.images, data.mean, data.std),
-        [data.classes[label] for label in labels.tolist()], rows, mixing.backbone,
-        rule_name(mixing),
-    )  # fmt: skip
+    names = [data.classes[label] for label in labels.tolist()]
+    return make_samples(out.trace, images, names, rows, mixing, data.mean, data.std)
 
 
 # --- figures
