@@ -808,6 +808,15 @@ def test_broken_files_are_not_images(kind: str, kept: float) -> None:
         pixels_of(data[:length])
 
 
+def test_pretrained_weights_keep_their_mean_and_std() -> None:
+    """Those of timm's entry for the model; what the user gives comes first."""
+    config = TrainConfig(train_limit=32, model="vit_tiny_patch16_224", pretrained=True)
+    data = load_data(config)
+    assert (data.mean, data.std) == ((0.5,) * 3, (0.5,) * 3)
+    assert load_data(replace(config, mean=[0.1, 0.2, 0.3])).mean == (0.1, 0.2, 0.3)
+    assert load_data(replace(config, pretrained=False)).mean != data.mean
+
+
 def test_mean_and_std_by_choice() -> None:
     data = load_data(TrainConfig(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6]))
     assert (data.mean, data.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))

@@ -107,7 +107,11 @@ class TrainConfig:
     )
     interpolation: Interpolation = option("Data", "bicubic", "how test images are resized")
     mean: list[float] | None = option(
-        "Data", None, "mean of each channel in [0, 1] (default: the data's, or ImageNet's)", 3
+        "Data",
+        None,
+        "mean of each channel in [0, 1] (default: that of pretrained weights, else the data's, or "
+        "ImageNet's)",
+        3,
     )
     std: list[float] | None = option(
         "Data", None, "standard deviation of each channel (default: likewise)", 3

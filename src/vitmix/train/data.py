@@ -78,9 +78,20 @@ def load_data(config: TrainConfig) -> ImageData:
     """
     source = find_source(config)
     data = _load(source, config)
-    mean, std = tuple(config.mean or data.mean), tuple(config.std or data.std)
+    mean, std = _pretrained_statistics(config) or (data.mean, data.std)
+    mean, std = tuple(config.mean or mean), tuple(config.std or std)
     maps = None if config.teacher_maps is None else _open_maps(config.teacher_maps, source, data)
     return replace(data, mean=mean, std=std, maps=maps)
+
+
+def _pretrained_statistics(config: TrainConfig) -> tuple[tuple[float, ...], ...] | None:
+    """Mean and standard deviation that the model's pretrained weights were trained with."""
+    if not config.pretrained:
+        return None
+    import timm
+
+    facts = timm.get_pretrained_cfg(config.model) if timm.is_model(config.model) else None
+    return None if facts is None else (tuple(facts.mean), tuple(facts.std))
 
 
 def find_source(config: TrainConfig) -> Source:
