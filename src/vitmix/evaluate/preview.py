@@ -85,9 +85,10 @@ def make_preview(options: dict[str, Any], checkpoint: str | None, samples: int) 
         raise InputError(f"expected --samples to be at least 1, got {samples}")
     found = model_with_pictures(options, checkpoint)
     pictures, config = found.pictures, found.config
+    draws = 1 if found.mixing.mix is None else DRAWS
     shown = found.mixing.preview(
         pictures.images, pictures.labels, classes=pictures.classes, mean=pictures.mean,
-        std=pictures.std, samples=samples, draws=DRAWS, seed=config.seed,
+        std=pictures.std, samples=samples, draws=draws, seed=config.seed,
         title=f"{method_name(config)} on {pictures.name}: {config.model}, {found.weights}",
     )  # fmt: skip
     return replace(shown, note=" ".join(filter(None, (shown.note, *found.notes))))
