@@ -15,7 +15,7 @@ from vitmix.models import input_side
 from vitmix.preview import Preview
 from vitmix.train.checkpoint import load_trained, make_model, read_checkpoint
 from vitmix.train.config import TrainConfig
-from vitmix.train.data import IMAGENET_MEAN, IMAGENET_STD, find_source
+from vitmix.train.data import IMAGENET_MEAN, IMAGENET_STD, find_source, pretrained_statistics
 from vitmix.train.decoding import DECODE_ERRORS, CorruptImageError, centred, pixels_of
 from vitmix.train.methods import MethodSpec, method_name, method_of
 from vitmix.train.provenance import pick_device
@@ -213,8 +213,9 @@ def _read(config: TrainConfig, trained: TrainedModel | None) -> Pictures:
                 f"{len(classes)} classes ({classes[0]}, ...) from {config.data}; pass --data"
             )
         classes = trained.classes
-    mean = tuple(config.mean or (IMAGENET_MEAN if trained is None else trained.mean))
-    std = tuple(config.std or (IMAGENET_STD if trained is None else trained.std))
+    known = (trained.mean, trained.std) if trained else pretrained_statistics(config)
+    mean, std = known or (IMAGENET_MEAN, IMAGENET_STD)
+    mean, std = tuple(config.mean or mean), tuple(config.std or std)
     shift, scale = (torch.tensor(values)[:, None, None] for values in (mean, std))
     images = (images.float() / 255 - shift) / scale
     return Pictures(images, labels, classes, mean, std, source.name, labelled)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from vitmix.train.config import TrainConfig
 
-__all__ = ["ImageData", "Split", "find_source", "image_side", "load_data"]
+__all__ = ["ImageData", "Split", "find_source", "image_side", "load_data", "pretrained_statistics"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -78,13 +78,13 @@ def load_data(config: TrainConfig) -> ImageData:
     """
     source = find_source(config)
     data = _load(source, config)
-    mean, std = _pretrained_statistics(config) or (data.mean, data.std)
+    mean, std = pretrained_statistics(config) or (data.mean, data.std)
     mean, std = tuple(config.mean or mean), tuple(config.std or std)
     maps = None if config.teacher_maps is None else _open_maps(config.teacher_maps, source, data)
     return replace(data, mean=mean, std=std, maps=maps)
 
 
-def _pretrained_statistics(config: TrainConfig) -> tuple[tuple[float, ...], ...] | None:
+def pretrained_statistics(config: TrainConfig) -> tuple[tuple[float, ...], ...] | None:
     """Mean and standard deviation that the model's pretrained weights were trained with."""
     if not config.pretrained:
         return None
