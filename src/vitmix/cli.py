@@ -172,6 +172,13 @@ def _configure_evaluate(parser: Parser) -> None:
     parser.add("--precision", str | None, None, "fp32, bf16 or fp16 (default: as trained)")
     parser.add("--device", str, "auto", "where to run: auto, cpu, cuda or mps")
     parser.add("--json", bool, False, "print JSON instead of a line")
+    parser.add(
+        "--measures", str | None, None,
+        "further measures between commas, or all: calibration, occlusion, corruptions, fgsm, "
+        "localisation; written to evaluation.json and evaluation.png",
+    )  # fmt: skip
+    parser.add("--limit", int | None, None, "take them on so many test images, spread evenly")
+    parser.add("--out", str | None, None, "folder for them (default: that of the run)")
 
 
 def _evaluate(options: Any) -> None:

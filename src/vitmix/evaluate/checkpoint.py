@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from tqdm import tqdm
 
 from vitmix.errors import InputError
+from vitmix.evaluate.measured import chosen_measures, measure, save_measures
 from vitmix.train.checkpoint import load_trained
 from vitmix.train.data import load_data
 from vitmix.train.loading import make_augment, make_loader
@@ -24,7 +26,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.data import DataLoader
 
-__all__ = ["Scores", "evaluate_checkpoint", "evaluate_model"]
+    from vitmix.train.config import TrainConfig
+    from vitmix.train.data import ImageData
+
+__all__ = ["OpenedRun", "Scores", "evaluate_checkpoint", "evaluate_model", "open_run"]
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -69,34 +74,35 @@ def evaluate_model(
     return Scores(accuracy1, accuracy5, float(loss.compute()), count)
 
 
-def evaluate_checkpoint(
+@dataclass(frozen=True)
+class OpenedRun:
+    """A trained model, and the test images of a data set as it takes them."""
+
+    model: nn.Module
+    config: TrainConfig
+    data: ImageData
+    prepare: Callable[[Tensor], Tensor]
+    device: str
+
+    def batches(self) -> DataLoader[Any]:
+        """The test images: ``(B, 3, H, W)`` uint8 and labels ``(B,)``."""
+        return make_loader(self.data, self.config, train=False)
+
+
+def open_run(
     run: str,
     *,
     data: str | None = None,
     test_split: str | None = None,
     model: str | None = None,
     batch_size: int | None = None,
-    precision: str | None = None,
     device: str = "auto",
-    json: bool = False,
-) -> str:
-    """Measure the model of a run folder or checkpoint; returns the line to print.
-
-    Args:
-        run: run folder or checkpoint file.
-        data: data set; by default the one that the model was trained on.
-        test_split: split of the data to test on; by default as in training.
-        model: the model that it must be.
-        batch_size: images at a time.
-        precision: ``fp32``, ``bf16`` or ``fp16``; by default as trained.
-        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
-        json: give JSON instead of words.
+) -> OpenedRun:
+    """The model of a run with what it is tested on; arguments as of :func:`evaluate_checkpoint`.
 
     Raises:
         InputError: no usable checkpoint, or data with other classes.
     """
-    if precision not in (None, "fp32", "bf16", "fp16"):
-        raise InputError(f"expected --precision to be fp32, bf16 or fp16, got {precision!r}")
     if batch_size is not None and batch_size < 1:
         raise InputError(f"expected --batch-size to be at least 1, got {batch_size}")
     place = pick_device(device)
@@ -115,18 +121,76 @@ def evaluate_checkpoint(
             f"({trained.classes[0]}, {trained.classes[1]}, ...), got {len(images.classes)} classes "
             f"({images.classes[0]}, ...) from {config.data}; pass --data"
         )
-    generator = torch.Generator()
-    prepare = make_augment(images, config, generator, train=False)
+    prepare = make_augment(images, config, torch.Generator(), train=False)
     prepare.mean, prepare.std = trained.mean, trained.std  # as in training, whatever the data
-    scores = evaluate_model(
-        trained.model,
-        make_loader(images, config, train=False),
-        prepare,
-        len(trained.classes),
-        device=place,
-        precision=precision or config.precision,
+    return OpenedRun(trained.model, config, images, prepare, place)
+
+
+def evaluate_checkpoint(
+    run: str,
+    *,
+    data: str | None = None,
+    test_split: str | None = None,
+    model: str | None = None,
+    batch_size: int | None = None,
+    precision: str | None = None,
+    device: str = "auto",
+    json: bool = False,
+    measures: str | None = None,
+    limit: int | None = None,
+    out: str | None = None,
+) -> str:
+    """Measure the model of a run folder or checkpoint; returns what to print.
+
+    Args:
+        run: run folder or checkpoint file.
+        data: data set; by default the one that the model was trained on.
+        test_split: split of the data to test on; by default as in training.
+        model: the model that it must be.
+        batch_size: images at a time.
+        precision: ``fp32``, ``bf16`` or ``fp16`` of the accuracies; by default as trained.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        json: give JSON instead of words.
+        measures: further ones, between commas, or ``all``: keys of
+            :data:`vitmix.evaluate.measured.MEASURES`, in fp32. They are written to
+            ``evaluation.json`` and drawn in ``evaluation.png``.
+        limit: take the further measures on so many test images, spread evenly.
+        out: folder for the two files; by default that of the run.
+
+    Raises:
+        InputError: no usable checkpoint, data with other classes, or no such measure.
+        UnsupportedModelError: a measure of attention, of a model without any that could be read.
+    """
+    if precision not in (None, "fp32", "bf16", "fp16"):
+        raise InputError(f"expected --precision to be fp32, bf16 or fp16, got {precision!r}")
+    names = None if measures is None else chosen_measures(measures)
+    if names is None and (limit is not None or out is not None):
+        raise InputError("expected --limit and --out with --measures; add it, or leave them out")
+    if limit is not None and limit < 1:
+        raise InputError(f"expected --limit to be at least 1, got {limit}")
+    opened = open_run(
+        run, data=data, test_split=test_split, model=model, batch_size=batch_size, device=device
     )
-    return _in_words(scores) if not json else _as_json(scores)
+    path = Path(run)
+    folder = Path(out) if out is not None else path if path.is_dir() else path.parent
+    if not folder.is_dir():
+        raise InputError(f"expected a folder for evaluation.json, there is no {folder}; make it")
+    scores = evaluate_model(
+        opened.model,
+        opened.batches(),
+        opened.prepare,
+        len(opened.data.classes),
+        device=opened.device,
+        precision=precision or opened.config.precision,
+    )
+    if names is None:
+        return _as_json(asdict(scores)) if json else _in_words(scores)
+    found = {
+        "run": str(path), "data": opened.config.data, **asdict(scores),
+        **measure(opened, names, limit),
+    }  # fmt: skip
+    lines = save_measures(found, folder, title=f"{opened.config.model}, {path.resolve().name}")
+    return _as_json(found) if json else "\n".join([_in_words(scores), *lines])
 
 
 def _in_words(scores: Scores) -> str:
@@ -136,5 +200,5 @@ def _in_words(scores: Scores) -> str:
     )
 
 
-def _as_json(scores: Scores) -> str:
-    return json.dumps(asdict(scores))
+def _as_json(figures: dict[str, Any]) -> str:
+    return json.dumps(figures)

@@ -49,6 +49,15 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def select(self, rows: Tensor) -> Split:
+        """The given ones, in the given order."""
+        return Split(
+            self.labels[rows],
+            None if self.images is None else self.images[rows],
+            None if self.records is None else self.records.select(rows),
+            self.rows[rows],
+        )
+
 
 @dataclass(frozen=True)
 class ImageData:

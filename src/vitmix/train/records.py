@@ -59,6 +59,7 @@ class Records:
     content: Callable[[int], Content]
     describe: Callable[[int], str]
     chosen: Tensor | None = None  # (N,) rows of what they were selected from
+    box: Callable[[int], Any] | None = None  # x0, y0, x1, y1 of the object, the last ones inside
 
     @property
     def rows(self) -> Tensor:
@@ -77,6 +78,7 @@ class Records:
             _Chosen(self.content, chosen),
             _Chosen(self.describe, chosen),
             self.rows[index],
+            None if self.box is None else _Chosen(self.box, chosen),
         )
 
 

@@ -25,6 +25,9 @@ HUB_READERS = {
     ".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv",
 }  # fmt: skip
 
+# Columns of Parquet files that hold the box of an image's object, in pixels.
+BOXES = ("box", "bbox")
+
 
 def read_parquet(
     name: str, files: list[Path], label_column: str | None, test_split: str | None
@@ -59,7 +62,8 @@ def read_parquet(
     ) -> tuple[tuple[str, ...], Records]:
         column = table[layout.label].to_pylist()
         names, labels = layout.labels(column, classes, f"{layout.label!r} of {file}")
-        return names, Records(labels, _Column(table[layout.image]), _RowOf(str(file)))
+        box = None if layout.box is None else _Box(table[layout.box])
+        return names, Records(labels, _Column(table[layout.image]), _RowOf(str(file)), box=box)
 
     classes, train_records = records(table, train_files[0], None)
     test_records = None
@@ -135,11 +139,12 @@ def _ordered(records: Records) -> bool:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Which columns hold the images and the labels, and the names of the classes."""
+    """Which columns hold the images, the labels and boxes, and the names of the classes."""
 
     image: str
     label: str
     names: tuple[str, ...] | None
+    box: str | None
 
     @classmethod
     def of(
@@ -163,7 +168,8 @@ class _Layout:
                 f"got {label!r}{suggest(label, known)}"
             )
         names = features.get(label, {}).get("names")
-        return cls(images[0], label, tuple(names) if names else None)
+        box = next((key for key in BOXES if key in columns), None)
+        return cls(images[0], label, tuple(names) if names else None, box)
 
     def labels(
         self, column: list[Any], classes: tuple[str, ...] | None, place: str
@@ -196,8 +202,18 @@ class _Column:
 
 
 @dataclass(frozen=True)
+class _Box:
+    """Rows of a column of boxes."""
+
+    column: Any
+
+    def __call__(self, row: int) -> Any:
+        return self.column[row].as_py()
+
+
+@dataclass(frozen=True)
 class _HubImages:
-    """The same, of a table of the datasets library."""
+    """Rows of an image column of a table of the datasets library."""
 
     table: Any
     image: str
