@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from vitmix.train.augment import (
 from vitmix.train.config import TrainConfig
 from vitmix.train.data import load_data
 from vitmix.train.decoding import DECODE_ERRORS, centred, image_size, pixels_of
-from vitmix.train.loading import Loader, make_augment, make_loader
+from vitmix.train.loading import Loader, loading_processes, make_augment, make_loader
 from vitmix.train.operations import MOVES, OPERATIONS, POINTWISE, look_up, warp
 from vitmix.train.policies import SPACES, ColorJitter, Policy, make_policy
 
@@ -815,6 +816,14 @@ def test_pretrained_weights_keep_their_mean_and_std() -> None:
     assert (data.mean, data.std) == ((0.5,) * 3, (0.5,) * 3)
     assert load_data(replace(config, mean=[0.1, 0.2, 0.3])).mean == (0.1, 0.2, 0.3)
     assert load_data(replace(config, pretrained=False)).mean != data.mean
+
+
+@pytest.mark.parametrize(("wanted", "cores", "found"), [(4, 2, 2), (2, 8, 2), (0, 8, 0)])
+def test_no_more_loading_processes_than_cores(
+    wanted: int, cores: int, found: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    assert loading_processes(TrainConfig(workers=wanted)) == found
 
 
 def test_mean_and_std_by_choice() -> None:

@@ -116,7 +116,11 @@ class TrainConfig:
     std: list[float] | None = option(
         "Data", None, "standard deviation of each channel (default: likewise)", 3
     )
-    workers: int = option("Data", 4, "processes that decode images too large to hold in memory")
+    workers: int = option(
+        "Data",
+        4,
+        "processes that decode images too large to hold in memory, one a processor core at most",
+    )
 
     crop_padding: int | None = option(
         "Augmentation", None, "padding of the random crop (default: 1/8 of the image side)"

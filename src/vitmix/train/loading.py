@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from vitmix.maps import TeacherMaps
     from vitmix.train.config import TrainConfig
 
-__all__ = ["Loader", "ignore_interrupt", "make_augment", "make_loader"]
+__all__ = ["Loader", "ignore_interrupt", "loading_processes", "make_augment", "make_loader"]
 
 Draw = tuple[int, int]  # row of the data set, seed of what is drawn while it is decoded
 
@@ -262,7 +263,7 @@ def make_loader(
             interpolation=config.interpolation,
         )
         dataset = DecodingDataset(split, cut, crop, policy, maps)
-        workers = config.workers
+        workers = loading_processes(config)
         collate = CollateReadable(config.skip_corrupt)
     size, own = max(config.batch_size // processes.count, 256), None
     if train:
@@ -286,6 +287,13 @@ def make_loader(
         collate_fn=collate,
         worker_init_fn=ignore_interrupt,
     )
+
+
+def loading_processes(config: TrainConfig) -> int:
+    """As many as asked for, but no more than processor cores that this process may use."""
+    known = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    return min(config.workers, cores)
 
 
 def make_augment(

@@ -15,7 +15,7 @@ from vitmix.teacher import ActivationMaps
 from vitmix.train.augment import normalise
 from vitmix.train.data import find_source, image_side
 from vitmix.train.decoding import DECODE_ERRORS, CorruptImageError, centred, pixels_of
-from vitmix.train.loading import ignore_interrupt
+from vitmix.train.loading import ignore_interrupt, loading_processes
 from vitmix.train.provenance import pick_device
 from vitmix.train.teachers import find_teacher
 
@@ -93,7 +93,10 @@ def teach(
     def batches(start: int) -> Iterable[tuple[Tensor, Tensor]]:
         rest = Subset(images, range(start, len(images)))
         loader = DataLoader(
-            rest, config.batch_size, num_workers=config.workers, worker_init_fn=ignore_interrupt
+            rest,
+            config.batch_size,
+            num_workers=loading_processes(config),
+            worker_init_fn=ignore_interrupt,
         )
         for pixels, labels in loader:
             yield normalise(pixels.to(device), mean, std), labels.to(device)
