@@ -25,7 +25,7 @@ from vitmix.bench.steps import VARIANTS, supported_variants
 from vitmix.bench.targets import Sizes, Target, Verdict, verdicts
 from vitmix.cli import main
 
-SHORT = ["--rounds", "2", "--seconds", "0", "--device", "cpu"]
+SHORT = ["--rounds", "2", "--seconds", "0", "--device", "cpu", "--isolate", "false"]
 GROUPS = {
     "steps": (["--model", "cct_4_3x2_32", "--batch-size", "2"],
               set(VARIANTS)),
@@ -101,6 +101,14 @@ def test_targets_stand_beside_their_ratios(
     assert "waits for a GPU" in text
 
 
+def test_a_comparison_has_a_process_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", "horizontal", "--batch-size", "4", "--tokens", "4", "--rounds", "1"]
+    assert main([*arguments, "--device", "cpu", "--variants", "exact"]) == 0
+    assert "horizontal: batch 4, 4 tokens, 384 wide (1 rounds)" in capsys.readouterr().out
+    assert main([*arguments, "--device", "cpu", "--variants", "x"]) == 2
+    assert "expected `assignment`" in capsys.readouterr().err
+
+
 def test_models_are_asked_for_what_they_support() -> None:
     windows = supported_variants("swin_tiny_patch4_window7_224")
     assert {"tl-align", "tokenmixup-h", "transmix"} <= set(windows)
@@ -127,7 +135,7 @@ def test_models_are_asked_for_what_they_support() -> None:
 def test_bad_input_is_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["bench", *arguments]) == 2
+    assert main(["bench", *arguments, "--isolate", "false"]) == 2
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
@@ -149,9 +157,9 @@ def test_peak_memory_is_what_is_held_at_once() -> None:
 def test_variants_take_turns() -> None:
     calls: list[str] = []
     comparison = Comparison(
-        "steps", "turns", "a", {name: partial(partial, calls.append, name) for name in "abc"}, 0.0
+        "steps", "turns", "a", {name: partial(partial, calls.append, name) for name in "abc"}
     )
-    measured = compare(comparison, "cpu", Limits(most=9, least=2))
+    measured = compare(comparison, "cpu", Limits(0.0, most=9, least=2))
     assert "".join(calls[:6]) == "aabbcc"
     turns = [name for name, before in zip(calls[6:], calls[5:], strict=False) if name != before]
     assert "".join(turns) == "abcba"  # the second round begins where the first ended

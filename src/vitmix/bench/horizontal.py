@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vitmix.bench.baselines import broadcast_gain, broadcast_horizontal
-from vitmix.bench.measure import Comparison, Work
+from vitmix.bench.measure import Comparison, Job, Work
 from vitmix.bench.options import BenchOptions
 from vitmix.functional import (
     apply_horizontal,
@@ -37,7 +37,7 @@ CLASSES, RHO = 100, 1.0  # rho in units of the mean saliency of a token
 _MOST_BYTES = 3 << 30
 
 
-def comparisons(options: BenchOptions) -> Iterator[Comparison]:
+def comparisons(options: BenchOptions) -> Iterator[Job]:
     """All of horizontal mixing over batch sizes and numbers of tokens, 384 channels wide."""
     sizes: tuple[tuple[int, int], ...] = QUICK if options.quick else SIZES
     if options.batch_sizes or options.tokens:
@@ -51,9 +51,7 @@ def comparisons(options: BenchOptions) -> Iterator[Comparison]:
         if 4 * batch * batch * tokens > _MOST_BYTES:
             variants = tuple(variant for variant in variants if variant != "baseline")
         if variants:
-            yield horizontal_comparison(
-                batch, tokens, 384, options.device, options.time(10), variants
-            )
+            yield Job(horizontal_comparison, (batch, tokens, 384, options.device, variants), 10)
 
 
 def blob_saliency(batch: int, tokens: int, seed: int = 0) -> Tensor:
@@ -77,7 +75,6 @@ def horizontal_comparison(
     tokens: int,
     width: int,
     device: str,
-    seconds: float,
     variants: tuple[str, ...] = VARIANTS,
 ) -> Comparison:
     """Compare assignments, and the baseline, on tokens ``(batch, tokens, width)``.
@@ -94,14 +91,13 @@ def horizontal_comparison(
         f"batch {batch}, {tokens} tokens, {width} wide",
         variants[0],
         {variant: partial(_maker, variant, *given) for variant in variants},
-        seconds,
         {"batch_size": batch, "tokens": tokens, "width": width, "rho": RHO / tokens},
         images=batch,
         figures=partial(_figures, given[2]),
     )
 
 
-def gain_comparison(batch: int, tokens: int, device: str, seconds: float) -> Comparison:
+def gain_comparison(batch: int, tokens: int, device: str) -> Comparison:
     """Compare the gain matrix alone."""
     saliency = blob_saliency(batch, tokens).to(device)
     rho = RHO / tokens
@@ -113,15 +109,12 @@ def gain_comparison(batch: int, tokens: int, device: str, seconds: float) -> Com
             "exact": lambda: partial(saliency_gain, saliency, saliency, rho),
             "baseline": lambda: partial(broadcast_gain, saliency, saliency, rho),
         },
-        seconds,
         {"batch_size": batch, "tokens": tokens, "rho": rho},
         images=batch,
     )
 
 
-def growth_comparison(
-    small: int, large: int, tokens: int, width: int, device: str, seconds: float
-) -> Comparison:
+def growth_comparison(small: int, large: int, tokens: int, width: int, device: str) -> Comparison:
     """Compare two batches with groups of 128, and their total gain with the exact assignment's."""
     given = {name: _inputs(name, tokens, width, device) for name in (small, large)}
 
@@ -140,7 +133,6 @@ def growth_comparison(
         f"batch {small} to {large}, {tokens} tokens, {width} wide",
         f"batch {small}",
         {f"batch {batch}": partial(_maker, "grouped:128", *given[batch]) for batch in given},
-        seconds,
         {"batch_sizes": [small, large], "tokens": tokens, "width": width, "rho": RHO / tokens},
         figures=figures,
     )

@@ -19,10 +19,6 @@ __all__ = ["Comparison", "Limits", "Measured", "Memory", "Ratio", "Row", "compar
 # A turn repeats what is faster than this, seconds: clocks and threads are not sharper.
 _SHORTEST_TURN = 0.02
 
-# Blocks larger than any freed before (up to 32 MiB) glibc gives back to the system, and takes them
-# page by page again. A process that trains has freed large ones.
-_LARGEST_KEPT = 31 << 20
-
 Work = Callable[[], Any]
 
 
@@ -36,7 +32,6 @@ class Comparison:
         base: the variant whose time and memory the others' are divided by.
         makers: makes each variant: a function that does the work once. What a maker allocates is
             memory of its variant; what all share is made before.
-        seconds: how long to go on.
         settings: for the record.
         images: images in one call, for images a second; 0 if the work has none.
         figures: further numbers of each variant, from what its first call returned.
@@ -46,7 +41,6 @@ class Comparison:
     title: str
     base: str
     makers: Mapping[str, Callable[[], Work]]
-    seconds: float
     settings: Mapping[str, Any] = field(default_factory=dict)
     images: int = 0
     figures: Callable[[Mapping[str, Any]], Mapping[str, Mapping[str, float]]] | None = None
@@ -62,14 +56,28 @@ class Limits:
     """When to stop.
 
     Attributes:
+        seconds: time for the rounds.
         most: rounds at most.
         least: rounds at least, whatever the time.
-        pace: factor on the seconds of every comparison.
     """
 
+    seconds: float
     most: int = 25
     least: int = 3
-    pace: float = 1.0
+
+
+class Job(NamedTuple):
+    """A comparison to be made and run, in this process or another.
+
+    Attributes:
+        make: makes the comparison, with all that it needs.
+        args: what it is given.
+        seconds: time for the rounds.
+    """
+
+    make: Callable[..., Comparison]
+    args: tuple[Any, ...]
+    seconds: float
 
 
 class Memory(NamedTuple):
@@ -181,7 +189,6 @@ def compare(comparison: Comparison, device: str, limits: Limits) -> Measured:
         device: where it runs, for waiting and for memory.
         limits: when to stop.
     """
-    torch.empty(_LARGEST_KEPT, dtype=torch.uint8)
     with tqdm(total=limits.most, desc=comparison.key, disable=None, leave=False) as bar:
         begun: dict[str, _Begun] = {}
         for name, make in comparison.makers.items():
@@ -193,7 +200,7 @@ def compare(comparison: Comparison, device: str, limits: Limits) -> Measured:
         turns: dict[str, list[tuple[float, float]]] = {name: [] for name in begun}
         start, rounds = time.perf_counter(), 0
         while rounds < limits.most and (
-            rounds < limits.least or time.perf_counter() - start < comparison.seconds * limits.pace
+            rounds < limits.least or time.perf_counter() - start < limits.seconds
         ):
             for name in list(begun)[:: 1 if rounds % 2 == 0 else -1]:
                 bar.set_postfix_str(name)

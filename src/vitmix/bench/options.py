@@ -28,6 +28,7 @@ class BenchOptions:
         data: data set of the input pipeline, as ``--data`` of ``vitmix train``.
         recipe: settings of the input pipeline.
         workers: loading processes of the input pipeline.
+        isolate: whether each comparison has a process of its own.
     """
 
     device: str = "cpu"
@@ -43,17 +44,14 @@ class BenchOptions:
     data: str = "fake"
     recipe: str = "cct7-cifar100"
     workers: int = 2
+    isolate: bool = True
 
-    @property
-    def limits(self) -> Limits:
-        """When comparisons stop."""
+    def limits(self, seconds: float) -> Limits:
+        """When a comparison stops that would take so many seconds by itself."""
+        seconds = seconds if self.seconds is None else self.seconds
         if self.quick:
-            return Limits(most=min(self.rounds, 3), least=min(self.rounds, 2), pace=0.1)
-        return Limits(most=self.rounds, least=min(self.rounds, 3))
-
-    def time(self, seconds: float) -> float:
-        """Seconds for a comparison that would take so many by itself."""
-        return seconds if self.seconds is None else self.seconds
+            return Limits(seconds / 10, most=min(self.rounds, 3), least=min(self.rounds, 2))
+        return Limits(seconds, most=self.rounds, least=min(self.rounds, 3))
 
 
 def words(text: str | None) -> tuple[str, ...]:

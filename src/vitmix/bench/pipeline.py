@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitmix.bench.measure import Comparison, Work
+from vitmix.bench.measure import Comparison, Job, Work
 from vitmix.bench.options import BenchOptions
 from vitmix.models import create_model
 from vitmix.train.config import TrainConfig
@@ -23,14 +23,19 @@ from vitmix.train.loading import make_augment, make_loader
 from vitmix.train.recipes import get_recipe, settings_under
 from vitmix.train.stages import build_mixing
 
-__all__ = ["comparisons"]
+__all__ = ["comparisons", "pipeline_comparison"]
 
 # Batches of a turn: a loader works ahead, so that one alone would say nothing.
 _BATCHES = 4
 
 
-def comparisons(options: BenchOptions) -> Iterator[Comparison]:
-    """The pipeline of a recipe; the base is the plain step, all counted by the batch."""
+def comparisons(options: BenchOptions) -> Iterator[Job]:
+    """The pipeline of a recipe."""
+    yield Job(pipeline_comparison, (options,), 60)
+
+
+def pipeline_comparison(options: BenchOptions) -> Comparison:
+    """Compare the pipeline, the plain step, and both with the recipe's method."""
     given: dict[str, Any] = {
         "recipe": options.recipe,
         "data": options.data,
@@ -74,13 +79,12 @@ def comparisons(options: BenchOptions) -> Iterator[Comparison]:
         work = _operations(data, config, images)
         return {"step": {"GFLOP/image": work / len(images) / 1e9}}
 
-    yield Comparison(
+    return Comparison(
         "pipeline",
         f"{config.recipe}, {config.model}, batch {config.batch_size}, {config.precision}, "
         f"{config.workers} workers",
         "step",
         {"step": plain, "pipeline": lambda: feed, "end to end": all_of_it},
-        options.time(60),
         {"data": str(config.data), "train_images": len(data.train), **given},
         images=batches * len(images),
         figures=figures,

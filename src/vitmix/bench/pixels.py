@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import vitmix
-from vitmix.bench.measure import Comparison, Work
+from vitmix.bench.measure import Comparison, Job, Work
 from vitmix.bench.options import BenchOptions
 from vitmix.errors import InputError
 from vitmix.functional.targets import smooth_targets
@@ -22,15 +22,13 @@ VARIANTS = ("cutmix-timm", "cutmix", "cutmix-aligned", "tokenmix", "cutmix-torch
 CLASSES = 1000
 
 
-def comparisons(options: BenchOptions) -> Iterator[Comparison]:
+def comparisons(options: BenchOptions) -> Iterator[Job]:
     """ImageNet batches of the sizes chosen."""
     for batch in options.batch_sizes or (8 if options.quick else 128,):
-        yield pixel_comparison(batch, 224, options.variants, options.device, options.time(20))
+        yield Job(pixel_comparison, (batch, 224, options.variants, options.device), 20)
 
 
-def pixel_comparison(
-    batch: int, side: int, variants: tuple[str, ...], device: str, seconds: float
-) -> Comparison:
+def pixel_comparison(batch: int, side: int, variants: tuple[str, ...], device: str) -> Comparison:
     """Compare pixel mixes with timm's and torchvision's; images ``(batch, 3, side, side)``.
 
     timm's class overwrites the images it is given; the others make new ones.
@@ -49,7 +47,6 @@ def pixel_comparison(
         f"batch {batch}, 3x{side}x{side}",
         names[0],
         {variant: partial(_maker, variant, images, targets) for variant in names},
-        seconds,
         {"batch_size": batch, "side": side, "num_classes": CLASSES},
         images=batch,
     )

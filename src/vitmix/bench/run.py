@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -13,15 +14,15 @@ from typing import Any
 import torch
 
 from vitmix.bench import horizontal, pipeline, pixels, saliency, steps, targets
-from vitmix.bench.measure import Comparison, Measured, compare
+from vitmix.bench.measure import Job, Limits, Measured, compare
 from vitmix.bench.options import BenchOptions
 from vitmix.bench.page import MARK, page_of, text_of, verdict_text
-from vitmix.errors import InputError
+from vitmix.errors import InputError, VitmixError
 from vitmix.train.provenance import commit, device_name, versions
 
 __all__ = ["GROUPS", "bench"]
 
-GROUPS: dict[str, Callable[[BenchOptions], Iterator[Comparison]]] = {
+GROUPS: dict[str, Callable[[BenchOptions], Iterator[Job]]] = {
     "targets": targets.comparisons,
     "steps": steps.comparisons,
     "saliency": saliency.comparisons,
@@ -58,16 +59,16 @@ def bench(
     kept = "" if page is None else _kept(page)
     start = time.perf_counter()
     say(f"{_device(options.device)}, torch {torch.__version__}\n")
-    found: dict[str, Measured] = {}
-    for name, comparisons in GROUPS.items():
-        if group not in (name, "all"):
-            continue
-        for comparison in comparisons(options):
-            if comparison.key not in found:
-                measured = compare(comparison, options.device, options.limits)
-                found[comparison.key] = measured
-                say(text_of(measured))
-    measured_all = list(found.values())
+    measured_all: list[Measured] = []
+    done: set[tuple[Any, ...]] = set()
+    for name, jobs in GROUPS.items():
+        for job in jobs(options) if group in (name, "all") else ():
+            if job[:2] in done:
+                continue
+            done.add(job[:2])
+            run = _run_apart if options.isolate else _run
+            measured_all.append(run(job, options.device, options.limits(job.seconds)))
+            say(text_of(measured_all[-1]))
     verdicts = targets.verdicts(measured_all)
     if group in ("targets", "all"):
         say(verdict_text(verdicts))
@@ -101,6 +102,46 @@ def bench(
     if page is not None:
         page.write_text(kept + page_of(measured_all, verdicts, machine, command), encoding="utf-8")
     return measured_all
+
+
+def _run(job: Job, device: str, limits: Limits) -> Measured:
+    return compare(job.make(*job.args), device, limits)
+
+
+def _run_apart(job: Job, device: str, limits: Limits) -> Measured:
+    """Run a job in a process of its own: what memory the one before has used is not felt.
+
+    Raises:
+        VitmixError: what was raised there, or the process was killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    args = (sender, torch.get_num_threads(), job, device, limits)
+    process = context.Process(target=_send, args=args)
+    process.start()
+    sender.close()
+    try:
+        found: Measured | Exception = receiver.recv()
+        process.join()
+    except EOFError:
+        process.join()
+        raise VitmixError(
+            f"expected a comparison to end, its process ended with status {process.exitcode}; "
+            "was there enough memory? Choose a smaller batch"
+        ) from None
+    finally:
+        process.terminate()
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _send(sender: Any, threads: int, job: Job, device: str, limits: Limits) -> None:
+    torch.set_num_threads(threads)
+    try:
+        sender.send(_run(job, device, limits))
+    except Exception as error:
+        sender.send(error)
 
 
 def _kept(page: Path) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import vitmix
 from vitmix.bench.baselines import ExplicitAttention, has_baseline, map_saliency, tokens_gradient
-from vitmix.bench.measure import Comparison
+from vitmix.bench.measure import Comparison, Job
 from vitmix.bench.options import BenchOptions
 from vitmix.bench.steps import image_side
 from vitmix.errors import InputError
@@ -31,13 +31,15 @@ VARIANTS = ("attention", "attention+baseline", "random", "rollout-1", "rollout-2
 BLOCK = 2
 
 
-def comparisons(options: BenchOptions) -> Iterator[Comparison]:
+def comparisons(options: BenchOptions) -> Iterator[Job]:
     """Detectors on the models chosen; by default the CIFAR model of the paper."""
     default = 128 if options.device != "cpu" else 8 if options.quick else 64
     for name in options.models or ("cct_7_3x1_32",):
         for batch in options.batch_sizes or (default,):
-            yield saliency_comparison(
-                name, batch, options.variants, options.device, options.precision, options.time(40)
+            yield Job(
+                saliency_comparison,
+                (name, batch, options.variants, options.device, options.precision),
+                40,
             )
 
 
@@ -64,7 +66,6 @@ def saliency_comparison(
     variants: tuple[str, ...],
     device: str,
     precision: str,
-    seconds: float,
 ) -> Comparison:
     """Compare detectors on a model; the base is attention.
 
@@ -74,7 +75,6 @@ def saliency_comparison(
         variants: of :data:`VARIANTS`; by default all that the model allows.
         device: where.
         precision: ``"fp32"`` or ``"bf16"`` (autocast).
-        seconds: how long.
 
     Raises:
         InputError: an unknown variant.
@@ -131,7 +131,6 @@ def saliency_comparison(
         f"{name}, batch {batch}, {precision}",
         names[0],
         {variant: partial(partial, under_autocast, works[variant]) for variant in names},
-        seconds,
         {"model": name, "batch_size": batch, "precision": precision, "block": BLOCK},
         images=batch,
     )

@@ -8,7 +8,6 @@ with ``+compiled`` is compiled in one graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 import vitmix
 from vitmix.bench.baselines import PlainMixing, has_baseline
-from vitmix.bench.measure import Comparison, Work
+from vitmix.bench.measure import Comparison, Job, Work
 from vitmix.bench.options import BenchOptions
 from vitmix.bench.pixels import mixer
 from vitmix.errors import InputError, UnsupportedModelError
@@ -39,7 +38,7 @@ BLOCK, RHO, KAPPA = 2, 0.005, 3
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def comparisons(options: BenchOptions) -> Iterator[Comparison]:
+def comparisons(options: BenchOptions) -> Iterator[Job]:
     """Steps of the models chosen; by default of four, with those batches that two cores take."""
     models = options.models or (MODELS[1:2] if options.quick else MODELS)
     for name in models:
@@ -50,12 +49,9 @@ def comparisons(options: BenchOptions) -> Iterator[Comparison]:
             if options.compile:
                 variants = tuple(f"{each}+compiled" for each in variants if "+" not in each)
         for batch in options.batch_sizes or (_batch_size(name, options),):
-            comparison = step_comparison(
-                name, batch, variants, options.device, options.precision, options.time(60)
-            )
-            if not options.variants:
-                comparison = replace(comparison, title=f"{comparison.title}, overview")
-            yield comparison
+            note = "" if options.variants else ", overview"
+            args = (name, batch, variants, options.device, options.precision, note)
+            yield Job(step_comparison, args, 60)
 
 
 def _batch_size(name: str, options: BenchOptions) -> int:
@@ -88,7 +84,7 @@ def step_comparison(
     variants: Sequence[str],
     device: str,
     precision: str,
-    seconds: float,
+    note: str = "",
 ) -> Comparison:
     """Compare training steps; the first variant is what the others are divided by.
 
@@ -98,7 +94,7 @@ def step_comparison(
         variants: of :data:`VARIANTS`, also with ``+compiled`` behind.
         device: where.
         precision: ``"fp32"`` or ``"bf16"`` (autocast).
-        seconds: how long.
+        note: what the title ends with.
 
     Raises:
         InputError: an unknown variant.
@@ -118,10 +114,9 @@ def step_comparison(
     title = f"{name}, batch {batch}, {precision}"
     return Comparison(
         "steps",
-        title + (", compiled" if all("+compiled" in variant for variant in variants) else ""),
+        title + (", compiled" if all("+compiled" in each for each in variants) else "") + note,
         variants[0],
         {variant: partial(make, variant) for variant in variants},
-        seconds,
         {"model": name, "batch_size": batch, "precision": precision, "num_classes": classes},
         images=batch,
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from vitmix.bench.horizontal import gain_comparison, growth_comparison, horizontal_comparison
-from vitmix.bench.measure import Comparison, Measured, Ratio
+from vitmix.bench.measure import Job, Measured, Ratio
 from vitmix.bench.options import BenchOptions
 from vitmix.bench.pixels import pixel_comparison
 from vitmix.bench.saliency import saliency_comparison
@@ -111,7 +111,7 @@ class Verdict:
         return self.ratio.median <= self.target.bound
 
 
-def comparisons(options: BenchOptions) -> Iterator[Comparison]:
+def comparisons(options: BenchOptions) -> Iterator[Job]:
     """The comparisons that the targets speak of, one by one: those of a GPU, or of a CPU."""
     sizes, device = SIZES, options.device
     if device == "cuda":
@@ -119,16 +119,16 @@ def comparisons(options: BenchOptions) -> Iterator[Comparison]:
             for batch in sizes.gpu:
                 for behind in ("", "+compiled"):
                     variants = tuple(variant + behind for variant in _GPU)
-                    yield step_comparison(name, batch, variants, device, "bf16", options.time(10))
+                    yield Job(step_comparison, (name, batch, variants, device, "bf16"), 10)
         return
-    yield step_comparison(*sizes.vit, _ALIGNED, device, "fp32", options.time(100))
-    yield step_comparison(*sizes.cct, _MIXUPS, device, "fp32", options.time(180))
-    yield pixel_comparison(*sizes.pixels, (), device, options.time(20))
-    yield saliency_comparison(*sizes.cct, (), device, "fp32", options.time(40))
-    yield gain_comparison(*sizes.small[:2], device, options.time(10))
-    yield horizontal_comparison(*sizes.small, device, options.time(15))
-    yield horizontal_comparison(*sizes.large, device, options.time(40))
-    yield growth_comparison(*sizes.growth, device, options.time(20))
+    yield Job(step_comparison, (*sizes.vit, _ALIGNED, device, "fp32"), 100)
+    yield Job(step_comparison, (*sizes.cct, _MIXUPS, device, "fp32"), 180)
+    yield Job(pixel_comparison, (*sizes.pixels, (), device), 20)
+    yield Job(saliency_comparison, (*sizes.cct, (), device, "fp32"), 40)
+    yield Job(gain_comparison, (*sizes.small[:2], device), 10)
+    yield Job(horizontal_comparison, (*sizes.small, device), 15)
+    yield Job(horizontal_comparison, (*sizes.large, device), 40)
+    yield Job(growth_comparison, (*sizes.growth, device), 20)
 
 
 def targets() -> list[Target]:
