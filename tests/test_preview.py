@@ -329,6 +329,29 @@ def test_bad_input_of_the_command(
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "tau", "rho"),
+    [
+        ({"method": "tokenmixup"}, math.inf, "auto:0.3"),
+        ({"method": "tokenmixup", "tau": 3.0}, 3.0, "auto:0.3"),
+        ({"tokens": {"name": "horizontal", "rho": 0.5}}, math.inf, 0.5),
+        ({"recipe": "cct7-cifar100-tokenmixup"}, math.inf, "auto:0.3"),
+        ({"recipe": "cct7-cifar100-tokenmixup", "rho": 0.25}, math.inf, 0.25),
+    ],
+)
+def test_new_models_mix_unless_told_otherwise(
+    options: dict[str, Any], tau: float, rho: float | str
+) -> None:
+    from vitmix.evaluate.preview import BATCH, model_with_pictures
+    from vitmix.train.recipes import settings_under
+
+    small = {"data": "fake", "img_size": 16, "device": "cpu"}
+    found = model_with_pictures({**settings_under(options), **options, **small}, None)
+    (stage,) = [s for s in found.mixing.tokens if isinstance(s, vitmix.HorizontalTokenMixup)]
+    assert (stage.tau, stage.rho) == (tau, rho)
+    assert len(found.pictures.images) == BATCH
+
+
 def test_folders_with_and_without_classes(photos: Path, tmp_path: Path) -> None:
     from vitmix.train.records import read_pictures
 

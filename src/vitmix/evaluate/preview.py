@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from copy import deepcopy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from vitmix.train.data import IMAGENET_MEAN, IMAGENET_STD, find_source, pretrain
 from vitmix.train.decoding import DECODE_ERRORS, CorruptImageError, centred, pixels_of
 from vitmix.train.methods import MethodSpec, method_name, method_of
 from vitmix.train.provenance import pick_device
+from vitmix.train.recipes import get_recipe
 from vitmix.train.records import read_pictures
 from vitmix.train.stages import build_mixing
 from vitmix.train.teachers import named_teacher
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["BATCH", "Pictures", "PreviewModel", "make_preview", "model_with_pictures"]
 
 BATCH = 16
+STAGES = ("method", "mix", "labels", "tokens")
 DRAWS = 4  # pixels are often mixed in one proportion for the whole batch
 
 
@@ -105,7 +107,7 @@ def model_with_pictures(options: dict[str, Any], checkpoint: str | None) -> Prev
         InputError: options, data, model or checkpoint that don't fit.
     """
     trained = None if checkpoint is None else load_trained(checkpoint, model=options.get("model"))
-    config, same_method = _settings(options, trained)
+    config, same_stages = _settings(options, trained)
     device = pick_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -116,7 +118,7 @@ def model_with_pictures(options: dict[str, Any], checkpoint: str | None) -> Prev
     if trained is None:
         model = make_model(config, classes, side)
         weights = "pretrained weights" if config.pretrained else "random weights"
-        config, note = _opened(config, spec)
+        config, note = _opened(config, spec, _chosen(options))
         notes.append(note)
     else:
         model, weights = trained.model, f"run {trained.path.resolve().parent.name}"
@@ -129,7 +131,7 @@ def model_with_pictures(options: dict[str, Any], checkpoint: str | None) -> Prev
         else:
             teacher = named_teacher(config.teacher, pictures.classes, pictures.name, side)
     mixing = build_mixing(model, config, num_classes=classes, img_size=side, teacher=teacher)
-    if trained is not None and same_method:
+    if trained is not None and same_stages:
         _load_stages(mixing, trained.path)
     mixing.to(device)
     pictures = replace(
@@ -144,43 +146,51 @@ def model_with_pictures(options: dict[str, Any], checkpoint: str | None) -> Prev
 
 
 def _settings(options: dict[str, Any], trained: TrainedModel | None) -> tuple[TrainConfig, bool]:
-    """The settings, on top of those of a run; and whether the run's method is kept."""
-    if trained is None:
-        config = TrainConfig.from_dict({"batch_size": BATCH, **options})
-        config.validate()
-        return config, False
-    own = {entry.name for entry in fields(TrainConfig) if entry.metadata["group"] == "Method"}
-    known = trained.config
-    kept = not own & set(options)
-    # Another method starts anew; thresholds alone change the run's.
-    if {"method", "mix", "labels", "tokens"} & set(options):
-        known = known.without_method()
-    base = {**known.to_dict(), "batch_size": BATCH, "img_size": trained.img_size, "device": "auto"}
-    config = TrainConfig.from_dict(base | options)
-    if config.img_size != trained.img_size:
+    """The settings, on top of those of a run; and whether the stages are those of the run."""
+    same = trained is not None and not {*STAGES, "block"} & set(options)
+    base: dict[str, Any] = {}
+    if trained is not None:
+        known = (
+            trained.config if not set(STAGES) & set(options) else trained.config.without_method()
+        )
+        base = {**known.to_dict(), "img_size": trained.img_size, "device": "auto"}
+    base |= options
+    if "batch_size" not in _chosen(options):
+        base["batch_size"] = BATCH
+    config = TrainConfig.from_dict(base)
+    if trained is not None and config.img_size != trained.img_size:
         raise InputError(
             f"expected --img-size {trained.img_size}, that of {trained.path}, "
             f"got {config.img_size}; leave it out"
         )
     config.validate()
-    return config, kept or not {"method", "mix", "labels", "tokens", "block"} & set(options)
+    return config, same
 
 
-def _opened(config: TrainConfig, spec: MethodSpec) -> tuple[TrainConfig, str]:
+def _chosen(options: dict[str, Any]) -> set[str]:
+    """The options that the user gave, without those of a recipe."""
+    name = options.get("recipe")
+    known = {} if name is None else get_recipe(name).settings
+    return {key for key, value in options.items() if known.get(key) != value}
+
+
+def _opened(config: TrainConfig, spec: MethodSpec, chosen: set[str]) -> tuple[TrainConfig, str]:
     """Thresholds with which a model that knows nothing mixes; what was given stays as it is."""
     horizontal = [part.args for part in spec.tokens if part.name == "horizontal"]
     if not horizontal:
         return config, ""
+    given = chosen | (set(horizontal[0]) if set(STAGES) & chosen else set())
     words = []
-    if config.tau is None and "tau" not in horizontal[0]:
+    if "tau" not in given:
         config = replace(config, tau=math.inf)
         words.append("--tau inf (every sample counts as easy)")
-    if config.rho is None and "rho" not in horizontal[0] and not config.pretrained:
+    if "rho" not in given and not config.pretrained:
         config = replace(config, rho="auto:0.3")
         words.append("--rho auto:0.3 (about a third of their tokens is replaced)")
     if not words:
         return config, ""
-    return config, f"Nothing is trained yet, hence {' and '.join(words)}."
+    what = "ScoreNet is not" if config.pretrained else "Nothing is"
+    return config, f"{what} trained yet, hence {' and '.join(words)}."
 
 
 def _load_stages(mixing: MixingModel, path: Path) -> None:
