@@ -382,7 +382,7 @@ def _configure_bench(parser: Parser) -> None:
         "cores)",
     )
     parser.add("--quick", bool, False, "few rounds, few and small comparisons (some minutes)")
-    parser.add("--seconds", float | None, None, "time for each comparison [10 to 240]")
+    parser.add("--seconds", float | None, None, "time for each comparison [10 to 150]")
     parser.add("--rounds", int, 25, "rounds of a comparison at most")
     parser.add("--model", str | None, None, "models, between commas")
     parser.add("--batch-size", str | None, None, "batch sizes, between commas")

@@ -33,7 +33,8 @@ class Comparison:
         makers: makes each variant: a function that does the work once. What a maker allocates is
             memory of its variant; what all share is made before.
         settings: for the record.
-        images: images in one call, for images a second; 0 if the work has none.
+        images: images in one part, for images a second; 0 if the work has none.
+        parts: equal parts that one call of a variant has, if more than one: times are of one part.
         figures: further numbers of each variant, from what its first call returned.
     """
 
@@ -43,6 +44,7 @@ class Comparison:
     makers: Mapping[str, Callable[[], Work]]
     settings: Mapping[str, Any] = field(default_factory=dict)
     images: int = 0
+    parts: Mapping[str, int] = field(default_factory=dict)
     figures: Callable[[Mapping[str, Any]], Mapping[str, Mapping[str, float]]] | None = None
 
     @property
@@ -204,7 +206,9 @@ def compare(comparison: Comparison, device: str, limits: Limits) -> Measured:
         ):
             for name in list(begun)[:: 1 if rounds % 2 == 0 else -1]:
                 bar.set_postfix_str(name)
-                turns[name].append(_turn(begun[name].work, begun[name].repeats, device))
+                turn = _turn(begun[name].work, begun[name].repeats, device)
+                parts = comparison.parts.get(name, 1)
+                turns[name].append((turn[0] / parts, turn[1] / parts))
             rounds += 1
             bar.update()
     rows = {

@@ -25,8 +25,8 @@ from vitmix.train.stages import build_mixing
 
 __all__ = ["comparisons", "pipeline_comparison"]
 
-# Batches of a turn: a loader works ahead, so that one alone would say nothing.
-_BATCHES = 4
+# Batches of a turn. A loader works ahead: of the pipeline few batches alone would say nothing.
+_BATCHES = {"step": 1, "pipeline": 24, "end to end": 2}
 
 
 def comparisons(options: BenchOptions) -> Iterator[Job]:
@@ -55,22 +55,18 @@ def pipeline_comparison(options: BenchOptions) -> Comparison:
     augment = make_augment(data, config, torch.Generator().manual_seed(0), train=True)
     stream = _batches(data, config, augment, options.device)
     images, targets = next(stream)
-    images, batches = images.clone(), 1 if options.quick else _BATCHES
+    images = images.clone()
 
     def feed() -> None:
-        for _ in range(batches):
+        for _ in range(_BATCHES["pipeline"]):
             next(stream)
 
     def end_to_end(step: Callable[[Tensor, Tensor], None]) -> None:
-        for _ in range(batches):
+        for _ in range(_BATCHES["end to end"]):
             step(*next(stream))
 
-    def step_alone(step: Callable[[Tensor, Tensor], None]) -> None:
-        for _ in range(batches):
-            step(images, targets)
-
     def plain() -> Work:
-        return partial(step_alone, _step(data, config, options.device, mixed=False))
+        return partial(_step(data, config, options.device, mixed=False), images, targets)
 
     def all_of_it() -> Work:
         return partial(end_to_end, _step(data, config, options.device, mixed=True))
@@ -86,7 +82,8 @@ def pipeline_comparison(options: BenchOptions) -> Comparison:
         "step",
         {"step": plain, "pipeline": lambda: feed, "end to end": all_of_it},
         {"data": str(config.data), "train_images": len(data.train), **given},
-        images=batches * len(images),
+        images=len(images),
+        parts=_BATCHES,
         figures=figures,
     )
 

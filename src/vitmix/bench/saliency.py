@@ -39,7 +39,7 @@ def comparisons(options: BenchOptions) -> Iterator[Job]:
             yield Job(
                 saliency_comparison,
                 (name, batch, options.variants, options.device, options.precision),
-                40,
+                30,
             )
 
 

@@ -51,7 +51,7 @@ def comparisons(options: BenchOptions) -> Iterator[Job]:
         for batch in options.batch_sizes or (_batch_size(name, options),):
             note = "" if options.variants else ", overview"
             args = (name, batch, variants, options.device, options.precision, note)
-            yield Job(step_comparison, args, 60)
+            yield Job(step_comparison, args, 45)
 
 
 def _batch_size(name: str, options: BenchOptions) -> int:

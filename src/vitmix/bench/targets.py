@@ -122,9 +122,9 @@ def comparisons(options: BenchOptions) -> Iterator[Job]:
                     yield Job(step_comparison, (name, batch, variants, device, "bf16"), 10)
         return
     yield Job(step_comparison, (*sizes.vit, _ALIGNED, device, "fp32"), 100)
-    yield Job(step_comparison, (*sizes.cct, _MIXUPS, device, "fp32"), 180)
+    yield Job(step_comparison, (*sizes.cct, _MIXUPS, device, "fp32"), 150)
     yield Job(pixel_comparison, (*sizes.pixels, (), device), 20)
-    yield Job(saliency_comparison, (*sizes.cct, (), device, "fp32"), 40)
+    yield Job(saliency_comparison, (*sizes.cct, (), device, "fp32"), 30)
     yield Job(gain_comparison, (*sizes.small[:2], device), 10)
     yield Job(horizontal_comparison, (*sizes.small, device), 15)
     yield Job(horizontal_comparison, (*sizes.large, device), 40)
