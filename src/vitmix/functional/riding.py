@@ -85,13 +85,9 @@ def _cpu_kernel_fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     )
 
 
-def _widened(heads: Tensor, extra: int, fill: Tensor | float) -> Tensor:
-    """``(B, H, N, d)`` with extra channels, laid out as ``(B, N, H, d + extra)`` in one copy."""
-    batch, count, tokens, width = heads.shape
-    widened = heads.new_empty(batch, tokens, count, width + extra).transpose(1, 2)
-    widened[..., :width] = heads
-    widened[..., width:] = fill
-    return widened
+def _widened(heads: Tensor, extra: int) -> Tensor:
+    """``(B, H, N, d)`` with extra channels of zeros."""
+    return torch.cat((heads, heads.new_zeros(1).expand(*heads.shape[:-1], extra)), -1)
 
 
 class _RideOnCpu(torch.autograd.Function):
@@ -110,9 +106,9 @@ class _RideOnCpu(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         # This kernel takes any width: no more channels than there are riders.
         both, normaliser = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            _widened(query, riders.shape[-1], 0.0),
-            _widened(key, riders.shape[-1], 0.0),
-            _widened(value, riders.shape[-1], riders),
+            _widened(query, riders.shape[-1]),
+            _widened(key, riders.shape[-1]),
+            torch.cat((value, riders), -1),
             0.0,
             is_causal,
             attn_mask=attn_mask,
