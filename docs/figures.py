@@ -79,16 +79,18 @@ def save(path: Path, panels: list[tuple[str, Tensor, str | None]]) -> None:
 
 def pixels(path: Path, images: Tensor, mixes: dict[str, vitmix.PixelMix], seed: int) -> None:
     """Own image, partner, then mask and mixed image of each way of mixing pixels."""
-    panels = [("own", images[0], OWN), ("partner", images[1], PARTNER)]
+    found = []
     for name, mix in mixes.items():
         generator = torch.Generator().manual_seed(seed)
         plan = mix.plan(2, (SIDE, SIDE), grid=GRID, generator=generator)
         own = interpolate(plan.own[None, :1], (SIDE, SIDE))[0, 0]
         mixed = own * images[0] + (1 - own) * images[1]
-        panels += [(f"{name}, {100 * float(own.mean()):.0f}% own", mixed, None)]
+        found += [(f"{name}, {100 * float(own.mean()):.0f}% own", mixed, None)]
         if plan.binary:
-            panels += [("its mask", own, None)]
-    save(path, panels)
+            found += [("its mask", own, None)]
+    first, second = ("own", images[0], OWN), ("partner", images[1], PARTNER)
+    two = len(mixes) == 2  # one below the other
+    save(path, [first, *found[:2], second, *found[2:]] if two else [first, second, *found])
 
 
 def tokenmixup(path: Path, images: Tensor) -> None:
@@ -106,9 +108,9 @@ def tokenmixup(path: Path, images: Tensor) -> None:
         [
             ("own", images[0], OWN),
             ("its saliency", cells(saliency[0]), "heat"),
+            ("replaced tokens", cells(1 - plan.replace[0].float()), None),
             ("partner", images[1], PARTNER),
             ("its saliency", cells(saliency[1]), "heat"),
-            ("replaced tokens", cells(1 - plan.replace[0].float()), None),
             (f"mixed, target {100 * float(mixed_targets[0, 0]):.0f}% own", image, None),
         ],
     )

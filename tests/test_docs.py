@@ -17,6 +17,7 @@ from sybil import Example
 from sybil.document import Document
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
+from browser import content_without_complaint
 from vitmix.cli import COMMANDS, main
 from vitmix.options import Parser
 
@@ -144,8 +145,11 @@ def test_site_builds_without_a_warning(tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    first = (tmp_path / "html" / "index.html").read_text()
-    assert not re.findall(r"(?:src|href)=\"(?:https?:)?//[^\"]*\.(?:js|css|woff2?)", first)
+    for page in ("index.html", "methods/tokenmixup.html", "tutorials/inside.html"):
+        text = (tmp_path / "html" / page).read_text()
+        assert not re.findall(r"(?:src|href)=\"(?:https?:)?//[^\"]*\.(?:js|css|woff2?)", text)
+    first = content_without_complaint(tmp_path / "html" / "index.html", tmp_path / "browser")
+    assert "MixingModel" in first
 
 
 @pytest.mark.filterwarnings("ignore")
