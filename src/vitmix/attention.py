@@ -206,6 +206,6 @@ def read_attention(block: Block, tokens: Tensor, run: Run) -> tuple[Tensor, Tens
         output = run(block.module, tokens)
     if len(maps) != 1:
         raise UnsupportedModelError(
-            f"looked for one attention in {type(block.module).__name__}, found {len(maps)}"
+            f"looked for one attention in {type(block.module).__name__}, found {len(maps)} of them"
         )
     return output, maps[0]
