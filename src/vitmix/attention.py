@@ -206,6 +206,7 @@ def read_attention(block: Block, tokens: Tensor, run: Run) -> tuple[Tensor, Tens
         output = run(block.module, tokens)
     if len(maps) != 1:
         raise UnsupportedModelError(
-            f"looked for one attention in {type(block.module).__name__}, found {len(maps)} of them"
+            f"looked for one attention in {type(block.module).__name__}, found "
+            f"{len(maps)} attentions"
         )
     return output, maps[0]

@@ -9,8 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
+import zlib
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from vitmix.errors import InputError
@@ -26,6 +31,7 @@ __all__ = [
     "in_words",
     "method_name",
     "method_of",
+    "own_class",
     "parse_method",
     "unused_options",
 ]
@@ -33,10 +39,22 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Part:
-    """One stage: its name here and the arguments that are given explicitly."""
+    """One stage: its name here, the arguments that are given explicitly, and whose class it is.
+
+    Attributes:
+        name: of a stage of vitmix, which says what settings there are.
+        args: for its class.
+        own: ``"file.py:Class"`` or ``"module:Class"`` that takes its place, or None.
+    """
 
     name: str
     args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    own: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What to call it."""
+        return self.name if self.own is None else f"{self.name}:{self.own.rpartition(':')[2]}"
 
 
 @dataclass(frozen=True)
@@ -177,8 +195,8 @@ def method_name(config: TrainConfig) -> str:
     if all(option is None for option in own):
         return Path(config.method).stem
     spec = method_of(config)
-    labels = () if spec.labels.name == "area" else (spec.labels,)
-    return "+".join(part.name for part in (*spec.mix, *labels, *spec.tokens)) or "none"
+    labels = () if spec.labels == Part("area") else (spec.labels,)
+    return "+".join(part.title for part in (*spec.mix, *labels, *spec.tokens)) or "none"
 
 
 def _with_options(spec: MethodSpec, config: TrainConfig) -> MethodSpec:
@@ -192,7 +210,7 @@ def _with_options(spec: MethodSpec, config: TrainConfig) -> MethodSpec:
             mix = [part for part in mix if part.name != name]
         elif known:
             args = {"alpha": alpha}
-            mix = [Part(p.name, p.args | args) if p.name == name else p for p in mix]
+            mix = [dataclasses.replace(p, args=p.args | args) if p.name == name else p for p in mix]
         else:
             mix.insert(0 if name == "mixup" else len(mix), Part(name, {"alpha": alpha}))
     drawn: dict[str, Any] = {}
@@ -207,7 +225,9 @@ def _with_options(spec: MethodSpec, config: TrainConfig) -> MethodSpec:
             )
         drawn["weights"] = [1 - config.mixup_switch_prob, config.mixup_switch_prob]
     if len(mix) == 1:
-        return dataclasses.replace(spec, mix=(Part(mix[0].name, mix[0].args | drawn),))
+        return dataclasses.replace(
+            spec, mix=(dataclasses.replace(mix[0], args=mix[0].args | drawn),)
+        )
     return dataclasses.replace(spec, mix=tuple(mix), turns=spec.turns | drawn)
 
 
@@ -278,18 +298,68 @@ def _parts(value: Any, where: str, known: dict[str, str]) -> list[Part]:
                 f"expected {where} to name one of {', '.join(known)}, "
                 f"got {name!r}{suggest(str(name), known)}"
             )
-        args = dict(entry.get("args") or {})
-        args |= {option: given for option, given in entry.items() if option not in ("name", "args")}
-        accepted = set(inspect.signature(getattr(vitmix, known[name])).parameters)
-        accepted -= {"teacher", "maps"}
+        args, own = dict(entry.get("args") or {}), entry.get("class")
+        args |= {key: given for key, given in entry.items() if key not in ("name", "args", "class")}
+        found = getattr(vitmix, known[name]) if own is None else own_class(own, known[name], where)
+        accepted = set(inspect.signature(found).parameters) - {"teacher", "maps"}
         for option in args:
             if option not in accepted:
                 raise InputError(
                     f"expected arguments {', '.join(sorted(accepted))} for {name} in {where}, "
                     f"got {option!r}{suggest(str(option), accepted)}"
                 )
-        parts.append(Part(name, args))
+        parts.append(Part(name, args, own))
     return parts
+
+
+def own_class(path: str, instead: str, where: str) -> type:
+    """A class of one's own, in place of one of vitmix.
+
+    Args:
+        path: ``"file.py:Class"`` or ``"module:Class"``.
+        instead: name of the class of vitmix; both must be the same kind of stage.
+        where: what names it, for messages.
+
+    Raises:
+        InputError: no such class, or no stage of this kind.
+    """
+    import vitmix
+
+    place, _, name = str(path).rpartition(":")
+    try:
+        module = vars(_own_file(Path(place)) if place.endswith(".py") else import_module(place))
+    except (ImportError, OSError, ValueError, SyntaxError) as error:
+        raise InputError(
+            f"expected `class` in {where} as file.py:Class or module:Class, got {path!r}: {error}"
+        ) from error
+    found = module.get(name)
+    kinds = (vitmix.PixelMix, vitmix.LabelRule, vitmix.TokenStage)
+    kind = next(kind for kind in kinds if issubclass(getattr(vitmix, instead), kind))
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        classes = [key for key, value in module.items() if isinstance(value, type)]
+        raise InputError(
+            f"expected a subclass of vitmix.{kind.__name__} named {name!r} in {place} for {where}, "
+            f"got {'no class of this name' if found is None else found!r}{suggest(name, classes)}"
+        )
+    return found
+
+
+def _own_file(path: Path) -> ModuleType:
+    """A file as a module, read once."""
+    path = path.expanduser().resolve(strict=True)
+    name = f"vitmix_own_{path.stem}_{zlib.crc32(str(path).encode()):08x}"
+    if name not in sys.modules:
+        spec = spec_from_file_location(name, path)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{path} is no Python file")
+        module = module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
 
 
 def unused_options(spec: MethodSpec) -> list[str]:

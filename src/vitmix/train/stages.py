@@ -15,6 +15,7 @@ from vitmix.train.methods import (
     Part,
     method_name,
     method_of,
+    own_class,
     unused_options,
 )
 
@@ -100,16 +101,16 @@ def build_mixing(
         args = dict(part.args)
         if config.alpha is not None:
             args["alpha"] = config.alpha
-        mixers.append(_make(MIXES[part.name], args))
+        mixers.append(_make(MIXES[part.name], args, part.own))
     mix = None if not mixers else mixers[0]
     if len(mixers) > 1:
         mix = _make("OneOf", {"mixers": mixers} | spec.turns)
     args = dict(spec.labels.args)
     if spec.needs_teacher:
         args |= {"teacher": teacher} if config.teacher_maps is None else {"maps": maps}
-    labels = _make(LABELS[spec.labels.name], args)
+    labels = _make(LABELS[spec.labels.name], args, spec.labels.own)
     tokens = [
-        _make(TOKENS[part.name], args)
+        _make(TOKENS[part.name], args, part.own)
         for part, args in _token_settings(spec, config, model, img_size)
     ]
     _refuse_unused(spec, config)
@@ -148,8 +149,10 @@ def _token_settings(
     return chosen
 
 
-def _make(class_name: str, args: dict[str, Any]) -> Any:
+def _make(class_name: str, args: dict[str, Any], own: str | None = None) -> Any:
     import vitmix
+
+    made = getattr(vitmix, class_name) if own is None else own_class(own, class_name, own)
 
     for name in ("tau", "rho"):
         with suppress(KeyError, TypeError, ValueError):  # YAML takes `inf` and `1e-3` for text
@@ -157,10 +160,10 @@ def _make(class_name: str, args: dict[str, Any]) -> Any:
     if isinstance(args.get("block"), list):
         args["block"] = tuple(args["block"])
     try:
-        return getattr(vitmix, class_name)(**args)
+        return made(**args)
     except (TypeError, ValueError) as error:
         raise InputError(
-            f"expected arguments that fit {class_name}, got {args}: {error}"
+            f"expected arguments that fit {made.__name__}, got {args}: {error}"
         ) from error
 
 
