@@ -93,6 +93,10 @@ def test_every_test_image_counts_once(two: Path) -> None:
     found = results_of(two)
     assert (scores["top1"], scores["top5"]) == (found["top1"], found["top5"])
     assert scores["loss"] == pytest.approx(found["loss"], rel=1e-5)
+    stored = np.load(two / "predictions.npz")
+    assert len(stored["labels"]) == 359
+    right = 100 * float((stored["labels"] == stored["predictions"]).mean())
+    assert right == pytest.approx(found["top1"], abs=1e-3)
 
 
 def test_shards_started_by_torchrun(one: Any, tmp_path: Path) -> None:
