@@ -252,6 +252,70 @@ def _compare(options: Any) -> None:
     print(f"report  {comparison.report}")
 
 
+METHOD_OPTIONS = ("method", "mix", "labels", "tokens")
+
+
+def _configure_study(parser: Parser) -> None:
+    parser.add("study", str, None, "name of a study that comes with vitmix, or a YAML file")
+    _configure_cells(parser)
+
+
+def _configure_ablate(parser: Parser) -> None:
+    parser.add("table", str, "parts", "parts, combinations or sensitivity")
+    _configure_cells(parser)
+
+
+def _configure_cells(parser: Parser) -> None:
+    from vitmix.train.config import TrainConfig
+    from vitmix.train.recipes import settings_under
+
+    parser.add("--cells", str | None, None, "only these cells, between commas")
+    parser.add(
+        "--seeds", str | None, None, "number of seeds from --seed on, or seeds (the study's own)"
+    )
+    parser.add("--measures", str | None, None, "of every run, as by vitmix evaluate; or all")
+    parser.add("--limit", int | None, None, "take them on so many test images, spread evenly")
+    parser.add_config(
+        TrainConfig,
+        leave_out=(*METHOD_OPTIONS, "name", "overwrite"),
+        base=partial(settings_under, whole_method=True),
+    )
+
+
+def _study(options: Any) -> None:
+    from pathlib import Path
+
+    from vitmix.evaluate.compare import parse_seeds
+    from vitmix.evaluate.measured import chosen_measures
+    from vitmix.evaluate.study import measure_runs, read_study, run_study, show
+
+    name, cells, seeds, measures, limit = (
+        options.pop(key) for key in ("study", "cells", "seeds", "measures", "limit")
+    )
+    chosen = None if cells is None else [cell.strip() for cell in cells.split(",")]
+    first, out = options.pop("seed", 0), options.pop("out", None)
+    if measures is not None:
+        chosen_measures(measures)
+    study = read_study(name, options, chosen)
+    folder = Path(out or f"runs/{study.name}").expanduser()
+    found = run_study(study, parse_seeds(seeds or str(study.seeds), first), folder)
+    if measures is not None:
+        found = measure_runs(study, found, folder, measures, limit)
+    print(f"\n{show(study, found)}\n\nresults {folder / 'study.md'}, {folder / 'study.json'}")
+
+
+def _ablate(options: Any) -> None:
+    tables = ("parts", "combinations", "sensitivity")
+    table = options.pop("table")
+    if table not in tables:
+        from vitmix.train.config import suggest
+
+        raise InputError(
+            f"expected a table ({', '.join(tables)}), got {table!r}{suggest(table, tables)}"
+        )
+    _study({"study": table, **options})
+
+
 def _configure_report(parser: Parser) -> None:
     parser.add("runs", list[str], None, "run folders, or folders of comparisons")
     parser.add("--out", str, "report.html", "file to write; an earlier one is replaced")
@@ -482,6 +546,18 @@ COMMANDS: dict[str, Command] = {
         "vitmix compare --data digits --methods none,cutmix,tl-align --seeds 3 --epochs 10",
         _configure_compare,
         _compare,
+    ),
+    "study": Command(
+        "train what is missing in a table of settings over seeds",
+        "vitmix study cifar10-few --data path/to/cifar10-parquet --out runs/cifar10-few",
+        _configure_study,
+        _study,
+    ),
+    "ablate": Command(
+        "take TokenMixup apart on your data: its parts, combinations, sensitivity",
+        "vitmix ablate parts --data digits --model cct_2_3x2_32 --epochs 20 --seeds 3",
+        _configure_ablate,
+        _ablate,
     ),
     "preview": Command(
         "show what a method mixes, as a picture of some images, tokens and labels",

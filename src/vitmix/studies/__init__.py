@@ -1,0 +1,1 @@
+"""Studies: tables of settings that ``vitmix study`` and ``vitmix ablate`` train, as YAML files."""

@@ -1,0 +1,144 @@
+"""Studies: tables of settings, trained cell by cell, of which only what is missing is trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+import vitmix
+from vitmix.cli import main
+from vitmix.evaluate.study import paired, read_study, studies
+
+STUDY = """
+title: A small one
+seeds: 2
+against: [none]
+settings: {data: "fake:3x32x16", model: cct_2_3x2_32, epochs: 1, batch_size: 8}
+cells:
+  none: {}
+  aligned: {method: tl-align}
+  both: {tokens: [horizontal, vertical]}
+"""
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> str:
+    path = tmp_path / "small.yaml"
+    path.write_text(STUDY)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", list(studies()))
+def test_studies_of_vitmix_are_well_formed(name: str) -> None:
+    study = read_study(name)
+    assert len(study.cells) > 5
+    assert study.against
+    digests = {cell.digest(seed) for cell in study.cells for seed in range(2)}
+    assert len(digests) == 2 * len(study.cells)  # no two cells are the same
+
+
+def test_paired_differences() -> None:
+    first, second = [1.0, 2.5, 3.0, 3.5], [0.5, 2.0, 3.25, 1.0]
+    found = paired(first, second)
+    differences = [one - other for one, other in zip(first, second, strict=True)]
+    interval = stats.ttest_rel(first, second).confidence_interval()
+    assert found["mean"] == pytest.approx(sum(differences) / 4)
+    assert found["mean"] - found["half_width"] == pytest.approx(interval.low)
+    assert found["mean"] + found["half_width"] == pytest.approx(interval.high)
+    assert found["p"] == pytest.approx(stats.ttest_rel(first, second).pvalue)
+    assert paired([1.0], [0.5]) == {"mean": 0.5, "seeds": 1}
+    assert paired([1.0, 2.0], [0.5, 1.5])["p"] is None
+
+
+def test_only_what_is_missing_is_trained(
+    study: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "runs"
+    assert main(["study", study, "--out", str(out), "--cells", "none,aligned"]) == 0
+    first = capsys.readouterr().out
+    assert "4 runs, 4 to train" in first
+    runs = sorted(path.parent.name for path in out.glob("*/results.json"))
+    assert [name.rpartition("-")[0] for name in runs] == [
+        "aligned-seed0", "aligned-seed1", "none-seed0", "none-seed1",
+    ]  # fmt: skip
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("*/results.json")}
+    assert main(["study", study, "--out", str(out)]) == 0
+    assert "6 runs, 2 to train" in capsys.readouterr().out
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    document = json.loads((out / "study.json").read_text())
+    assert [row["method"] for row in document["cells"]] == ["none", "aligned", "both"]
+    row = document["cells"][1]
+    difference = row["against"]["none"]
+    plain = document["cells"][0]
+    assert difference["mean"] == pytest.approx(row["top1"] - plain["top1"])
+    assert (out / "study.md").read_text().count("| aligned |") == 1
+    # Another setting is another run; what numbers do not depend on is not.
+    more = ["--cells", "none", "--seeds", "1"]
+    assert main(["study", study, "--out", str(out), *more, "--workers", "3"]) == 0
+    assert "1 runs, 0 to train" in capsys.readouterr().out
+    assert main(["study", study, "--out", str(out), *more, "--lr", "0.01"]) == 0
+    assert "1 runs, 1 to train" in capsys.readouterr().out
+
+
+def test_measures_of_every_run(
+    study: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "runs"
+    command = ["study", study, "--out", str(out), "--cells", "none,aligned", "--measures"]
+    assert main([*command, "calibration,occlusion", "--limit", "2"]) == 0
+    assert capsys.readouterr().out.count("measure ") == 4
+    text = (out / "study.md").read_text()
+    assert "calibration error %" in text
+    assert "half dropped, salient %" in text
+    assert main([*command, "calibration", "--limit", "2"]) == 0
+    assert "measure " not in capsys.readouterr().out
+    row = json.loads((out / "study.json").read_text())["cells"][1]
+    assert len(row["measures"]["calibration error %"]) == 2
+
+
+def test_ablation_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--data", "fake:3x32x16", "--model", "cct_2_3x2_32", "--epochs", "1"]
+    more = ["--batch-size", "8", "--seeds", "1", "--cells", "horizontal,random tokens"]
+    assert main(["ablate", "parts", *data, *more, "--out", str(tmp_path / "runs")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("random tokens ") for line in lines)
+    assert any("against horizontal" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("epochs: 1", "epoch: 1"), "did you mean 'epochs'"),
+        (("cells:", "cell:"), "with cells by name"),
+        (("against: [none]", "against: [non]"), "did you mean 'none'"),
+        (("title:", "titel:"), "did you mean 'title'"),
+        (("tl-align", "tl-alin"), "tl-align"),
+        (("[horizontal, vertical]", "[horizontal, vertical"), "expected YAML"),
+    ],
+)
+def test_files_that_are_wrong(study: str, change: tuple[str, str], message: str) -> None:
+    path = Path(study)
+    path.write_text(STUDY.replace(*change))
+    with pytest.raises(vitmix.InputError, match=message):
+        read_study(study)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["study", "cifar10"], "did you mean 'cifar10-few'"),
+        (["study", "nowhere.yaml"], "No such file"),
+        (["study", "digits", "--cells", "nothing"], "expected cells of digits"),
+        (["ablate", "combination"], "did you mean 'combinations'"),
+        (["study", "digits", "--measures", "speed"], "expected --measures"),
+    ],
+)
+def test_bad_commands(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--out", str(tmp_path / "runs")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
