@@ -61,7 +61,7 @@ def test_groups_write_what_they_found(
     assert f"{group}: " in out
     assert "(2 rounds)" in out
     found = json.loads(path.read_text())
-    assert found["command"].startswith("vitmix ")
+    assert found["command"].startswith("vitmix")
     machine = found["machine"]
     assert {"device", "threads", "platform", "versions", "commit", "date"} <= set(machine)
     assert machine["versions"]["torch"]

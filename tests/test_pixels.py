@@ -39,6 +39,28 @@ def plan(mixer: vitmix.PixelMix, batch: int, seed: int = 0) -> vitmix.PixelPlan:
     return mixer.plan(batch, SIZE, grid=GRID, generator=generator)
 
 
+@given(
+    seed=st.integers(0, 2**32 - 1), raster=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    more=st.tuples(st.integers(0, 9), st.integers(0, 9)), last=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+)  # fmt: skip
+def test_one_raster_for_all_is_that_raster_for_each(
+    seed: int, raster: tuple[int, int], more: tuple[int, int], last: bool, dtype: torch.dtype
+) -> None:
+    """Pasting rectangles is choosing pixel by pixel."""
+    torch.manual_seed(seed)
+    own = (torch.rand(1, *raster) < 0.5).float()
+    images = torch.randn(3, 2, raster[0] + more[0], raster[1] + more[1], dtype=dtype)
+    if last:
+        images = images.to(memory_format=torch.channels_last)
+    partner = torch.randperm(3)
+    pasted = vitmix.PixelPlan(partner, own, binary=True).apply(images)
+    chosen = vitmix.PixelPlan(partner, own.expand(3, -1, -1), binary=True).apply(images)
+    assert torch.equal(pasted, chosen)
+    assert pasted.stride() == images.stride()
+    assert pasted.dtype == dtype
+
+
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize(("draw", "pairing"), list(itertools.product(DRAWS, PAIRINGS)))
 @pytest.mark.parametrize("batch", [1, 2, 7, 8])

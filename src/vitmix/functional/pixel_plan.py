@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,6 +74,9 @@ class PixelPlan:
                 f"expected floating-point images, got {images.dtype}; convert and normalise first"
             )
         plan = self.to(images.device)
+        on_host = images.device.type == "cpu" and not torch.compiler.is_compiling()
+        if self.binary and on_host and len(self.own) == 1:
+            return plan._pasted(images)
         height, width = images.shape[2:]
         rows = _cells(height, self.own.shape[1], images.device)
         columns = _cells(width, self.own.shape[2], images.device)
@@ -79,6 +85,24 @@ class PixelPlan:
         if self.binary:
             return torch.where(own > 0.5, images, other)
         return torch.lerp(other, images, own.to(images.dtype))
+
+    def _pasted(self, images: Tensor) -> Tensor:
+        """One raster for all: a copy, with rectangles of the partners on it.
+
+        A CPU spends its time on memory, and this moves half as much as a choice between two
+        batches.
+        """
+        mixed = images.clone()
+        _, height, width = self.own.shape
+        for top, bottom, left, right in _rectangles((self.own[0] <= 0.5).numpy()):
+            rows = slice(
+                _first(top, height, images.shape[2]), _first(bottom, height, images.shape[2])
+            )
+            columns = slice(
+                _first(left, width, images.shape[3]), _first(right, width, images.shape[3])
+            )
+            mixed[:, :, rows, columns] = images[:, :, rows, columns].index_select(0, self.partner)
+        return mixed
 
     def mixture(self, grid: Size, *, num_prefix_tokens: int = 0) -> Mixture:
         """Shares of own and partner in every token.
@@ -102,6 +126,26 @@ class PixelPlan:
         columns = overlap(self.own.shape[2], grid[1]).to(self.own, non_blocking=True)
         with no_autocast(self.own):
             return rows @ self.own @ columns.T
+
+
+def _rectangles(mask: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
+    """Cut what is True in ``(h, w)`` into rectangles: top, bottom, left and right, ends open.
+
+    >>> list(_rectangles(np.array([[True, False], [True, False], [False, True]])))
+    [(0, 2, 0, 1), (2, 3, 1, 2)]
+    """
+    changes = np.flatnonzero((mask[1:] != mask[:-1]).any(1)) + 1
+    edges = [0, *changes.tolist(), len(mask)]
+    for top, bottom in pairwise(edges):
+        steps = np.diff(mask[top].astype(np.int8), prepend=0, append=0)
+        starts, ends = np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)
+        for left, right in zip(starts.tolist(), ends.tolist(), strict=True):
+            yield top, bottom, left, right
+
+
+def _first(cell: int, cells: int, pixels: int) -> int:
+    """The first pixel of a cell of one axis; see :func:`_cells`."""
+    return -(-cell * pixels // cells)
 
 
 def _cells(pixels: int, cells: int, device: torch.device) -> Tensor:
