@@ -403,7 +403,8 @@ class VerticalTokenMixup(TokenStage):
 
     Args:
         block: block whose keys and values are extended, counted from 0; at least 1.
-        kappa: tokens collected from the input of each earlier block.
+        kappa: tokens collected from the input of each earlier block; in a model whose stages have
+            different grids, of each earlier block of the same stage.
         stop_gradient: whether collected tokens carry no gradient.
 
     Raises:
