@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vitmix.errors import InputError
-from vitmix.functional.grids import Grid
+from vitmix.functional.grids import Grid, on_pixels
 from vitmix.functional.horizontal import HorizontalPlan, mix_targets
 from vitmix.functional.mixture import Mixture
 from vitmix.functional.pixel_plan import PixelPlan
@@ -392,11 +392,11 @@ class _Followed:
             if isinstance(plan, PixelPlan):
                 own = plan.own if len(plan.own) == 1 else plan.own[self.needed]
                 mixed = fed
-                drawn = PixelPlan(partner, _raster(own, self.size), plan.binary)
+                drawn = PixelPlan(partner, on_pixels(own, self.size), plan.binary)
                 whose = drawn.mixture(self.size)
             elif isinstance(plan, HorizontalPlan):
                 cells = plan.replace[self.needed].view(count, *self._grid(block or 0))
-                over = _raster(cells, self.size)
+                over = on_pixels(cells, self.size)
                 mixed = torch.where(over[..., None], state.mixed[partner], state.mixed)
                 whose = state.whose.replaced(partner, over.flatten(1))
             else:
@@ -532,13 +532,6 @@ def _moved(trace: MixTrace) -> MixTrace:
 
     moved: MixTrace = to_cpu(replace(trace, images=trace.images[:0]))
     return moved
-
-
-def _raster(cells: Tensor, size: Grid) -> Tensor:
-    """Values ``(n, h, w)`` of cells on the pixels they cover, ``(n, H, W)``."""
-    rows = torch.arange(size[0]) * cells.shape[1] // size[0]
-    columns = torch.arange(size[1]) * cells.shape[2] // size[1]
-    return cells[:, rows][:, :, columns]
 
 
 def _told_by(evidence: LabelEvidence) -> list[LabelRule]:

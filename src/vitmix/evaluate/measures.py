@@ -20,6 +20,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from vitmix.analysis import saliency_by_detector
 from vitmix.backbones import describe
 from vitmix.errors import InputError
+from vitmix.functional.grids import on_pixels
 from vitmix.mixing import MixingModel
 
 __all__ = [
@@ -150,16 +151,7 @@ def occluded(images: Tensor, scores: Tensor, share: float) -> Tensor:
     count = round(share * scores[0].numel())
     chosen = scores.flatten(1).topk(count, dim=1).indices
     kept = torch.ones_like(scores).flatten(1).scatter(1, chosen, 0).view_as(scores)
-    return images * _on_pixels(kept, images.shape[2:])[:, None]
-
-
-def _on_pixels(cells: Tensor, size: Sequence[int]) -> Tensor:
-    """Values ``(B, h, w)`` of patches on the pixels ``(B, H, W)`` that they cover."""
-    rows, columns = (
-        torch.arange(pixels, device=cells.device) * cells.shape[axis] // pixels
-        for axis, pixels in enumerate(size, 1)
-    )
-    return cells[:, rows][:, :, columns]
+    return images * on_pixels(kept, (images.shape[2], images.shape[3]))[:, None]
 
 
 def occlusion(subject: Subject, shares: Sequence[float] = SHARES) -> Figures:
@@ -329,7 +321,7 @@ def inside_box(saliency: Tensor, boxes: Tensor) -> dict[str, Tensor]:
     peak = saliency.flatten(1).argmax(1)
     middle_row = (peak // columns * 2 + 1) * height // (2 * rows)
     middle_column = (peak % columns * 2 + 1) * width // (2 * columns)
-    pixels = _on_pixels(saliency, boxes.shape[1:])
+    pixels = on_pixels(saliency, (height, width))
     inside = boxes.float()
     levels = torch.tensor(THRESHOLDS, device=saliency.device)
     reached = pixels[:, None] >= levels[:, None, None] * pixels.amax((1, 2))[:, None, None, None]

@@ -22,7 +22,7 @@ from scipy import stats
 
 from vitmix.errors import InputError
 from vitmix.evaluate.checkpoint import evaluate_checkpoint
-from vitmix.evaluate.measured import chosen_measures
+from vitmix.evaluate.measured import MEASURES, chosen_measures
 from vitmix.evaluate.runs import OF_ONE_RUN
 from vitmix.evaluate.table import as_markdown, as_text, summarise
 from vitmix.train.config import TrainConfig, suggest
@@ -54,7 +54,7 @@ KEYS = ("title", "seeds", "against", "settings", "cells")
 
 @dataclass(frozen=True)
 class Cell:
-    """A row of the table: the settings of its runs, and the title of its row."""
+    """A row of the table: its name, and the settings that its runs share."""
 
     name: str
     config: TrainConfig
@@ -207,7 +207,7 @@ def run_study(study: Study, seeds: Sequence[int], out: Path) -> list[dict[str, A
         found = finished_results(out / cell.folder(seed))
         if found is not None:
             results[cell.name][seed] = found
-    missing = sum(cell.folder(seed) not in _finished(out) for seed, cell in order)
+    missing = len(order) - sum(map(len, results.values()))
     print(f"study   {study.name}: {len(order)} runs, {missing} to train, in {out}", flush=True)
     number = 0
     for seed, cell in sorted(order, key=lambda each: (each[0], each[1].name != "none")):
@@ -233,10 +233,6 @@ def run_study(study: Study, seeds: Sequence[int], out: Path) -> list[dict[str, A
         results[cell.name][seed] = run.results
         write_tables(study, results, out)
     return write_tables(study, results, out)
-
-
-def _finished(out: Path) -> set[str]:
-    return {path.parent.name for path in out.glob("*/results.json")}
 
 
 def _reading(config: TrainConfig) -> tuple[Any, ...]:
@@ -268,15 +264,39 @@ def write_tables(
                 )
         row["folders"] = [cell.folder(seed) for seed in sorted(runs)]
         summaries.append(row)
-    head, rows = _table(study, summaries)
+    _write(study, summaries, out)
+    return summaries
+
+
+def _write(study: Study, summaries: Sequence[dict[str, Any]], out: Path) -> None:
+    """Write both files, with the measures that lie in the folders of the runs."""
+    for row in summaries:
+        row["measures"] = {}
+        for folder in row["folders"]:
+            for key, value in _key_figures(_measured(out / folder)).items():
+                row["measures"].setdefault(key, []).append(value)
     document = {
         "study": study.name, "title": study.title, "cells": summaries, "commit": commit(),
         "versions": versions(),
         "settings": {cell.name: cell.config.to_dict() for cell in study.cells},
     }  # fmt: skip
     write_json(out / "study.json", document)
-    write_text(out / "study.md", f"# {study.title}\n\n{as_markdown(head, rows)}\n\n{NOTE}\n")
-    return summaries
+    tables = [f"# {study.title}", as_markdown(*_table(study, summaries)), NOTE]
+    keys = list(dict.fromkeys(key for row in summaries for key in row["measures"]))
+    if keys:
+        lines = [
+            [row["method"], *(_spread(row["measures"].get(key, [])) for key in keys)]
+            for row in summaries
+        ]
+        tables.append(as_markdown(["cell", *keys], lines))
+    write_text(out / "study.md", "\n\n".join(tables) + "\n")
+
+
+def _measured(folder: Path) -> dict[str, Any]:
+    """Measures of a run that were taken before."""
+    path = folder / "evaluation.json"
+    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return found
 
 
 def measure_runs(
@@ -295,27 +315,13 @@ def measure_runs(
         The summaries, with ``measures`` of each cell: a list a figure, by the order of its seeds.
     """
     chosen = chosen_measures(names)
-    for row in summaries:
-        row["measures"] = {}
-        for folder in (out / name for name in row["folders"]):
-            path = folder / "evaluation.json"
-            found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-            if not set(chosen) <= found.keys():
-                print(f"measure {folder.name}", flush=True)
-                evaluate_checkpoint(str(folder), measures=names, limit=limit)
-                found = json.loads(path.read_text("utf-8"))
-            for key, value in _key_figures(found).items():
-                row["measures"].setdefault(key, []).append(value)
-    document = json.loads((out / "study.json").read_text("utf-8"))
-    write_json(out / "study.json", document | {"cells": list(summaries)})
-    head, rows = _table(study, summaries)
-    text = f"# {study.title}\n\n{as_markdown(head, rows)}\n\n{NOTE}\n"
-    keys = list(dict.fromkeys(key for row in summaries for key in row["measures"]))
-    lines = [
-        [row["method"], *(_spread(row["measures"].get(key, [])) for key in keys)]
-        for row in summaries
-    ]
-    write_text(out / "study.md", f"{text}\n{as_markdown(['cell', *keys], lines)}\n")
+    for folder in (out / name for row in summaries for name in row["folders"]):
+        before = [name for name in MEASURES if name in _measured(folder)]
+        if not set(chosen) <= set(before):
+            print(f"measure {folder.name}", flush=True)
+            wanted = dict.fromkeys((*before, *chosen))  # the file is written anew
+            evaluate_checkpoint(str(folder), measures=",".join(wanted), limit=limit)
+    _write(study, summaries, out)
     return list(summaries)
 
 

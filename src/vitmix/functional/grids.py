@@ -13,9 +13,30 @@ from torch import Tensor
 
 from vitmix.functional.precision import no_autocast
 
-__all__ = ["Grid", "coarsen", "overlap", "refine", "spread"]
+__all__ = ["Grid", "coarsen", "on_pixels", "overlap", "refine", "spread"]
 
 Grid = tuple[int, int]
+
+
+def on_pixels(cells: Tensor, size: Grid) -> Tensor:
+    """Values of cells on the pixels whose upper left corner they cover; nothing is blended.
+
+    Args:
+        cells: ``(B, h, w)``, any dtype.
+        size: ``(H, W)``, at least ``(h, w)`` for every cell to be seen.
+
+    Returns:
+        ``(B, H, W)``.
+
+    Example:
+        >>> on_pixels(torch.tensor([[[1, 2]]]), (1, 3))
+        tensor([[[1, 1, 2]]])
+    """
+    rows, columns = (
+        torch.arange(pixels, device=cells.device) * cells.shape[axis] // pixels
+        for axis, pixels in enumerate(size, 1)
+    )
+    return cells[:, rows][:, :, columns]
 
 
 def overlap(old: int, new: int) -> Tensor:

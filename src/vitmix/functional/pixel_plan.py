@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vitmix.errors import InputError
-from vitmix.functional.grids import overlap
+from vitmix.functional.grids import on_pixels, overlap
 from vitmix.functional.mixture import Mixture
 from vitmix.functional.precision import no_autocast
 
@@ -77,10 +77,7 @@ class PixelPlan:
         on_host = images.device.type == "cpu" and not torch.compiler.is_compiling()
         if self.binary and on_host and len(self.own) == 1:
             return plan._pasted(images)
-        height, width = images.shape[2:]
-        rows = _cells(height, self.own.shape[1], images.device)
-        columns = _cells(width, self.own.shape[2], images.device)
-        own = plan.own[:, rows][:, :, columns].unsqueeze(1)
+        own = on_pixels(plan.own, (images.shape[2], images.shape[3])).unsqueeze(1)
         other = images[plan.partner]
         if self.binary:
             return torch.where(own > 0.5, images, other)
@@ -144,10 +141,5 @@ def _rectangles(mask: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _first(cell: int, cells: int, pixels: int) -> int:
-    """The first pixel of a cell of one axis; see :func:`_cells`."""
+    """The first pixel of a cell of one axis; see :func:`vitmix.functional.grids.on_pixels`."""
     return -(-cell * pixels // cells)
-
-
-def _cells(pixels: int, cells: int, device: torch.device) -> Tensor:
-    """Which cell each pixel of one axis lies in."""
-    return torch.arange(pixels, device=device) * cells // pixels

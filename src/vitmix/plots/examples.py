@@ -15,6 +15,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from vitmix.functional.grids import on_pixels
 from vitmix.plots.style import COLOURS, HATCHES, Theme, draw_heat, draw_image, heat_limits
 from vitmix.preview import (
     Preview,
@@ -361,7 +362,7 @@ def _selection(selection: Selection) -> _Panel:
 
     def draw(axis: Axes, theme: Theme) -> None:
         image = selection.image
-        chosen = _raster(selection.chosen, image.shape)
+        chosen = on_pixels(selection.chosen[None], (image.shape[0], image.shape[1]))[0]
         ground = image.new_tensor(to_rgb(theme.ground))
         faded = 0.42 * image.mean(2, keepdim=True) + 0.58 * ground
         draw_image(axis, torch.where(chosen[..., None], image, faded))
@@ -369,13 +370,6 @@ def _selection(selection: Selection) -> _Panel:
         _outline(axis, torch.where(chosen, main + 1, 0).numpy(), shift=1)
 
     return _Panel(f"tokens of block {selection.block}", draw)
-
-
-def _raster(cells: Tensor, shape: Sequence[int]) -> Tensor:
-    """Cells ``(h, w)`` on the pixels ``(H, W)``."""
-    rows = torch.arange(shape[0]) * cells.shape[0] // shape[0]
-    columns = torch.arange(shape[1]) * cells.shape[1] // shape[1]
-    return cells[rows][:, columns]
 
 
 def _outline(axis: Axes, index: np.ndarray, shift: int = 0) -> None:
