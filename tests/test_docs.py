@@ -96,6 +96,16 @@ def test_blocks_of_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         example.evaluate()
 
 
+def test_commands_and_settings_of_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    examples = list(Document.parse(str(ROOT / "README.md"), *PARSERS[1:]).examples())
+    assert len(examples) > 3
+    for example in examples:
+        example.evaluate()
+
+
 def test_a_block_that_is_wrong_is_seen(tmp_path: Path) -> None:
     for text in (
         "```python\n1 / 0\n```",

@@ -24,7 +24,7 @@ from vitmix.errors import InputError
 from vitmix.evaluate.checkpoint import evaluate_checkpoint
 from vitmix.evaluate.measured import MEASURES, chosen_measures
 from vitmix.evaluate.runs import OF_ONE_RUN
-from vitmix.evaluate.table import as_markdown, as_text, summarise
+from vitmix.evaluate.table import as_markdown, as_text, spread, summarise
 from vitmix.train.config import TrainConfig, suggest
 from vitmix.train.data import load_data
 from vitmix.train.folder import MARKER, write_json, write_text
@@ -285,7 +285,7 @@ def _write(study: Study, summaries: Sequence[dict[str, Any]], out: Path) -> None
     keys = list(dict.fromkeys(key for row in summaries for key in row["measures"]))
     if keys:
         lines = [
-            [row["method"], *(_spread(row["measures"].get(key, [])) for key in keys)]
+            [row["method"], *(spread(row["measures"].get(key, [])) for key in keys)]
             for row in summaries
         ]
         tables.append(as_markdown(["cell", *keys], lines))
@@ -346,14 +346,6 @@ def _key_figures(found: Mapping[str, Any]) -> dict[str, float]:
     return figures
 
 
-def _spread(values: Sequence[float], digits: int = 2) -> str:
-    if not values:
-        return ""
-    return f"{fmean(values):.{digits}f}" + (
-        f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    )
-
-
 NOTE = (
     "Means and standard deviations over the seeds. Differences are those of runs with the same "
     "seed: mean ± half of the 95% interval, with the p-value of a paired t-test; (n.s.) where it "
@@ -368,7 +360,7 @@ def _table(study: Study, summaries: Sequence[dict[str, Any]]) -> tuple[list[str]
     for row in summaries:
         cells = [row["method"], str(len(row["seeds"]))]
         for key, digits in (("top1", 2), ("top5", 2), ("loss", 3)):
-            cells.append(_spread(row[f"{key}_runs"], digits))
+            cells.append(spread(row[f"{key}_runs"], digits))
         cells += [_difference(row["against"].get(other)) for other in study.against]
         rows.append(cells)
     return head, rows

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-__all__ = ["as_markdown", "as_text", "best_row", "header", "summarise", "table_rows"]
+__all__ = ["as_markdown", "as_text", "best_row", "header", "spread", "summarise", "table_rows"]
 
 
 def header(summaries: Sequence[dict[str, Any]]) -> list[str]:
@@ -36,9 +36,9 @@ def table_rows(summaries: Sequence[dict[str, Any]]) -> list[list[str]]:
             [
                 row["method"],
                 str(len(row["seeds"])),
-                _spread(row["top1"], row["top1_sd"], 2),
-                _spread(row["top5"], row["top5_sd"], 2),
-                _spread(row["loss"], row["loss_sd"], 3),
+                spread(row["top1_runs"], 2),
+                spread(row["top5_runs"], 2),
+                spread(row["loss_runs"], 3),
                 gain,
                 f"{row['seconds']:.0f} s",
             ]
@@ -51,8 +51,16 @@ def best_row(summaries: Sequence[dict[str, Any]]) -> int:
     return max(range(len(summaries)), key=lambda index: float(summaries[index]["top1"]))
 
 
-def _spread(mean: float, deviation: float | None, digits: int) -> str:
-    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean and sample standard deviation, for people; empty without values.
+
+    >>> spread([1.0, 2.0]), spread([1.0]), spread([])
+    ('1.50 ± 0.71', '1.00', '')
+    """
+    if not values:
+        return ""
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{digits}f}{deviation}"
 
 
 def as_text(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
