@@ -468,6 +468,22 @@ def test_steps_have_a_limit(tmp_path: Path, digits: Any, max_steps: int, epochs:
     assert math.isfinite(result.results["loss"])
 
 
+def test_epochs_between_two_tests(
+    tmp_path: Path, digits: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small(tmp_path, epochs=5, eval_epochs=2)
+    run = train_run(config, data=digits)
+    assert [entry["epoch"] for entry in run.task.history] == [2, 4, 5]
+    assert run.results["epochs"] == 5
+    assert run.results["best_epoch"] in (2, 4, 5)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert [line.split()[1] for line in lines] == ["2/5", "4/5", "5/5"]
+    always = train_run(replace(config, eval_epochs=1), data=digits)
+    assert always.results["top1"] == run.results["top1"]
+    stopped = train_run(replace(config, max_steps=1), data=digits)
+    assert [entry["epoch"] for entry in stopped.task.history] == [1]
+
+
 def test_arguments_of_the_model_are_kept_with_it(tmp_path: Path, digits: Any) -> None:
     config = small(tmp_path, model_kwargs={"num_layers": 1, "embed_dim": 64})
     result = train_run(config, data=digits)

@@ -60,9 +60,17 @@ class Cell:
     config: TrainConfig
 
     def digest(self, seed: int) -> str:
-        """Changes with every setting that the numbers depend on."""
-        config = replace(self.config, seed=seed).to_dict()
-        kept = {k: v for k, v in config.items() if k == "seed" or k not in OF_ONE_RUN}
+        """Changes with every setting that the numbers depend on and that has not its default.
+
+        So new settings leave it as it is. Of data's place only the last name counts.
+        """
+        config = replace(self.config, seed=seed, data=Path(self.config.data).name)
+        defaults = {entry.name: entry.default for entry in fields(config)}
+        kept = {
+            key: value
+            for key, value in config.to_dict().items()
+            if key == "seed" or (key not in OF_ONE_RUN and value != defaults[key])
+        }
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
     def folder(self, seed: int) -> str:

@@ -33,7 +33,7 @@ BAR = "{desc}{percentage:3.0f}%|{bar}| {rate_fmt}{postfix}, {remaining} left"
 
 
 class ConsoleProgress(Callback):
-    """One bar for the run on a terminal; one plain line an epoch everywhere."""
+    """One bar for the run on a terminal; one plain line a tested epoch everywhere."""
 
     def __init__(self, label: str = "") -> None:
         self.label = label
@@ -61,7 +61,7 @@ class ConsoleProgress(Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock, and say on the bar which epoch it is."""
-        self.started = time.perf_counter()
+        self.started = self.started or time.perf_counter()
         if self.bar is not None:
             self.bar.set_description(self._epoch(trainer))
 
@@ -78,9 +78,11 @@ class ConsoleProgress(Callback):
             self.bar.set_postfix_str(f"loss {float(outputs['loss']):.3f}, mixed {mixed:.0f}%")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print the epoch's line, above the bar."""
+        """Print the line of an epoch that was tested, above the bar."""
         task: MixingTask = pl_module  # type: ignore[assignment]
-        entry = task.history[-1]
+        entry = task.tested
+        if entry is None:
+            return
         with tqdm.external_write_mode():
             print(
                 f"{self._epoch(trainer)}"
@@ -90,6 +92,7 @@ class ConsoleProgress(Callback):
                 f"  {time.perf_counter() - self.started:.1f} s",
                 flush=True,
             )
+        self.started = 0.0
 
     def _epoch(self, trainer: pl.Trainer) -> str:
         width = len(str(trainer.max_epochs))

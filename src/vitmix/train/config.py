@@ -261,6 +261,9 @@ class TrainConfig:
     log_interval: int | None = option(
         "Run", None, "steps between two logged values (default: about 1000 in a run)"
     )
+    eval_epochs: int = option(
+        "Run", 1, "epochs between two tests on the test images; the last epoch always has one"
+    )
     image_epochs: int = option(
         "Run", 10, "epochs between two pictures of mixed samples in the logs; 0: none"
     )
@@ -317,7 +320,8 @@ class TrainConfig:
             "block": 0, "vertical_block": 0, "epochs": 1, "batch_size": 1, "warmup_epochs": 0,
             "weight_decay": 0, "min_lr": 0, "threads": 1, "max_steps": 1, "aug_repeats": 1,
             "log_interval": 1, "lr_base_size": 1, "devices": 1, "nodes": 1, "seed": 0, "mixup": 0,
-            "cutmix": 0, "checkpoint_steps": 1, "checkpoint_minutes": 0, "image_epochs": 0,
+            "cutmix": 0, "checkpoint_steps": 1, "checkpoint_minutes": 0, "eval_epochs": 1,
+            "image_epochs": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)

@@ -72,7 +72,7 @@ class MixingTask(pl.LightningModule):
         self.top1 = MulticlassAccuracy(num_classes, average="micro")
         self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro")
         self.val_loss = MeanMetric()
-        self.history: list[dict[str, float]] = []  # one entry an epoch
+        self.history: list[dict[str, float]] = []  # one entry a tested epoch
         self.averaged: dict[str, Tensor] | None = None  # set by the EMA callback
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
@@ -128,8 +128,9 @@ class MixingTask(pl.LightningModule):
         self._stop_at_the_end()
 
     def on_train_epoch_start(self) -> None:
-        """Go on with the clock after a pause."""
+        """Go on with the clock after a pause, and begin the epoch's loss anew."""
         self.speed.start()
+        self._epoch_loss.clear()
 
     def on_train_batch_end(self, *args: Any) -> None:
         """Take the time; stop after the last step."""
@@ -137,9 +138,16 @@ class MixingTask(pl.LightningModule):
         self._stop_at_the_end()
 
     def _stop_at_the_end(self) -> None:
-        """Stop where ``max_steps`` says so; the epoch is closed as usual."""
+        """Stop where ``max_steps`` says so; the last epoch is tested and closed as usual."""
         if self.global_step >= self.steps:
+            self.trainer.check_val_every_n_epoch = 1
             self.trainer.should_stop = True
+
+    @property
+    def tested(self) -> dict[str, float] | None:
+        """The figures of this epoch, where it was tested."""
+        epoch = self.current_epoch + 1
+        return self.history[-1] if self.history and self.history[-1]["epoch"] == epoch else None
 
     def _difficulty(self, trace: MixTrace) -> dict[str, Tensor]:
         """Quantiles of the difficulty in this step, and what it is compared with."""
@@ -206,7 +214,6 @@ class MixingTask(pl.LightningModule):
         if self._epoch_loss:
             own = torch.stack(self._epoch_loss).mean()
             entry["train/epoch_loss"] = float(mean_over_processes(own, torch.ones_like(own)))
-            self._epoch_loss.clear()
         self.history.append(entry)
         self._write(entry, self.global_step)
 

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 __all__ = ["check_origin", "finished_results", "resumed_settings"]
 
 # Settings that may be others when a run goes on, as no number depends on them: where the same data
-# lies now (its contents are compared), how it is read, and how often something is written.
+# lies now (its contents are compared), how it is read, how often something is written or tested.
 FREE = frozenset(
     ("data", "data_root", "download", "workers", "log_interval", "checkpoint_steps",
-     "checkpoint_minutes", "image_epochs", "logger")
+     "checkpoint_minutes", "eval_epochs", "image_epochs", "logger")
 )  # fmt: skip
 
 
