@@ -15,7 +15,10 @@ from torch import nn
 import vitmix
 from models import NUM_CLASSES, SIZE, batch, make_cct
 from more_models import make_family, unsettle
+from vitmix.cli import main
 from vitmix.models import load_released
+from vitmix.train.config import TrainConfig
+from vitmix.train.run import train_run
 
 timm = pytest.importorskip("timm")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -115,6 +118,93 @@ def test_cct_takes_its_own_file_back(tmp_path: Path) -> None:
     assert load_released(other, path).left_out == ()
     images, _ = batch(3)
     assert torch.equal(mixing(images), other(images))
+
+
+@pytest.mark.parametrize(
+    "name", [*TIMM_NAMES, "swin_tiny_patch4_window7_224", "pvt_v2_b0", "levit_128s"]
+)
+def test_backbone_without_its_classifier(tmp_path: Path, name: str) -> None:
+    """timm's checked loading takes the file where there are no classes."""
+    options = TIMM_NAMES.get(name, {})
+    options = options and {"img_size": SIZE, **options}
+    model = timm.create_model(name, num_classes=NUM_CLASSES, **options)
+    unsettle(model)
+    mixing = vitmix.MixingModel(model, num_classes=NUM_CLASSES)
+    path = mixing.export(tmp_path / "backbone.safetensors", head=False)
+    assert mixing.model is model
+    found = timm.create_model(name, num_classes=0, checkpoint_path=path, **options)
+    expected = model.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in found.state_dict().items())
+    left_out = expected.keys() - found.state_dict().keys()
+    assert left_out
+    assert all(key.startswith("head") for key in left_out)
+
+
+def test_cct_without_its_classifier(tmp_path: Path) -> None:
+    mixing = trained(make_cct())
+    path = mixing.export(tmp_path / "backbone.safetensors", head=False)
+    other = make_cct()
+    other.reset_classifier(0)  # type: ignore[operator]
+    other.eval().load_state_dict(safetensors.load_file(path))
+    images, _ = batch(3)
+    model: Any = mixing.model
+    pooled = model.classifier.pool(model.forward_features(images))
+    assert torch.equal(other(images), pooled)
+    assert torch.equal(model.classifier.fc(pooled), mixing(images))
+
+
+SMALL: dict[str, dict[str, Any]] = {
+    "vit_tiny_patch16_224": {"embed_dim": 24, "depth": 4, "num_heads": 2, "patch_size": 8},
+    "swin_tiny_patch4_window7_224": {
+        "embed_dim": 24, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 4,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_parts_of_a_run(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both kinds of feature backbones of timm load their file, and see the same."""
+    config = TrainConfig(
+        data="fake:3x32x8", model=name, model_kwargs=SMALL[name], max_steps=1, epochs=1,
+        batch_size=4, threads=1, device="cpu", out=str(tmp_path), name="run", image_epochs=0,
+    )  # fmt: skip
+    run = str(train_run(config, verbose=False).folder)
+    for part in ("all", "backbone", "features"):
+        path = tmp_path / f"{part}.safetensors"
+        assert main(["export", run, str(path), "--part", part]) == 0
+    assert f"{name} (features), 3 classes, 32 pixels" in capsys.readouterr().out
+    options: dict[str, Any] = {"img_size": 32, **SMALL[name]}
+
+    def load(part: str, **more: Any) -> Any:
+        path = tmp_path / f"{part}.safetensors"
+        return timm.create_model(name, checkpoint_path=path, **options, **more).eval()
+
+    images = torch.rand(2, 3, 32, 32)
+    plain, backbone = load("all", num_classes=3), load("backbone", num_classes=0)
+    features = load("features", features_only=True)
+    with torch.no_grad():
+        tokens = plain.forward_features(images)
+        assert torch.equal(backbone.forward_features(images), tokens)
+        levels = backbone.forward_intermediates(images, intermediates_only=True)
+        last = features(images)[-1]
+    if last.shape != levels[-1].shape:
+        last = last.permute(0, 3, 1, 2)  # Swin's are channels last
+    assert torch.equal(last, levels[-1])
+
+
+def test_parts_that_are_not_there(tmp_path: Path) -> None:
+    config = TrainConfig(
+        data="fake:3x16x8", max_steps=1, epochs=1, batch_size=4, threads=1, device="cpu",
+        out=str(tmp_path), name="run", image_epochs=0,
+    )  # fmt: skip
+    train_run(config, verbose=False)
+    path = tmp_path / "features.safetensors"
+    assert main(["export", str(tmp_path / "run"), str(path), "--part", "features"]) == 2
+    assert not path.exists()
+    pytest.importorskip("transformers")
+    mixing = vitmix.MixingModel(make_family("hf-vit")[0], num_classes=NUM_CLASSES)
+    with pytest.raises(vitmix.UnsupportedModelError, match="reset_classifier"):
+        mixing.export(tmp_path / "weights.safetensors", head=False)
 
 
 def test_shared_and_strided_weights(tmp_path: Path) -> None:

@@ -190,16 +190,20 @@ def _evaluate(options: Any) -> None:
 def _configure_export(parser: Parser) -> None:
     parser.add("run", str, None, "run folder (its last.ckpt) or a checkpoint file")
     parser.add("path", str, None, "file to write, *.safetensors")
+    parser.add(
+        "--part", Literal["all", "backbone", "features"], "all",
+        "all; backbone without the classifier, for timm.create_model(..., num_classes=0); or "
+        "features, for timm.create_model(..., features_only=True)",
+    )  # fmt: skip
 
 
 def _export(options: Any) -> None:
-    from vitmix.train.checkpoint import load_trained
-    from vitmix.weights import write_weights
+    from vitmix.train.export import export_run
 
-    trained = load_trained(options["run"])
-    path = write_weights(trained.model, options["path"])
+    trained = export_run(**options)
+    part = "" if options["part"] == "all" else f" ({options['part']})"
     print(
-        f"{path}: {trained.config.model}, {len(trained.classes)} classes, "
+        f"{options['path']}: {trained.config.model}{part}, {len(trained.classes)} classes, "
         f"{trained.img_size} pixels, mean {_figures(trained.mean)}, std {_figures(trained.std)}"
     )
 

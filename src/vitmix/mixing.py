@@ -280,7 +280,7 @@ class MixingModel(nn.Module):
         self._replays.clear()
         return self.model
 
-    def export(self, path: str | Path) -> Path:
+    def export(self, path: str | Path, *, head: bool = True) -> Path:
         """Write the model's weights for other programs: nothing of vitmix is needed to load them.
 
         Args:
@@ -288,14 +288,17 @@ class MixingModel(nn.Module):
                 ``timm.create_model(..., checkpoint_path=path)`` and
                 :func:`vitmix.models.load_released` load; or, for a model of transformers, a folder
                 for ``from_pretrained``.
+            head: with the classifier; without it, the file is for dense tasks:
+                ``timm.create_model(..., num_classes=0, checkpoint_path=path)``.
 
         Returns:
             The path.
 
         Raises:
             InputError: a path that does not fit, or weights spread over processes.
+            UnsupportedModelError: no classifier is known to be left out.
         """
-        return write_weights(self.model, path)
+        return write_weights(self.model, path, head=head)
 
     def preview(
         self,

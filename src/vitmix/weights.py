@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pickle
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,15 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from vitmix.backbones.base import is_made_by
-from vitmix.errors import InputError
+from vitmix.errors import InputError, UnsupportedModelError
 
-__all__ = ["Weights", "listed", "read_weights", "write_weights"]
+__all__ = [
+    "Weights", "backbone_of", "listed", "read_facts", "read_weights", "write_weights",
+]  # fmt: skip
 
 # Entries under which training programs keep weights, in order of preference; averaged ones first.
 _AVERAGED = ("state_dict_ema", "model_ema")
 _PARTS = ("state_dict", "model_state_dict", "model")
 # What wrappers around a whole model put in front of every name.
 _PREFIXES = ("module.", "_orig_mod.")
+_FACTS = "vitmix"  # the entry of a safetensors file that says more than the weights
 
 
 class Weights(NamedTuple):
@@ -108,7 +113,29 @@ def listed(names: list[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def write_weights(model: nn.Module, path: str | Path) -> Path:
+def backbone_of(model: nn.Module) -> nn.Module:
+    """A copy of a model that ends before its classifier, as with ``num_classes=0`` in timm.
+
+    Raises:
+        UnsupportedModelError: a model that does not tell its classifier.
+    """
+    backbone: Any = deepcopy(model)
+    if not hasattr(backbone, "reset_classifier"):
+        raise UnsupportedModelError(
+            "looked for a model that tells its classifier by reset_classifier, as those of timm "
+            f"do, found {type(model).__name__}"
+        )
+    backbone.reset_classifier(0)
+    return backbone  # type: ignore[no-any-return]
+
+
+def write_weights(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    head: bool = True,
+    facts: Mapping[str, Any] | None = None,
+) -> Path:
     """Write a model's weights for other programs.
 
     Args:
@@ -117,14 +144,20 @@ def write_weights(model: nn.Module, path: str | Path) -> Path:
             ``timm.create_model(..., checkpoint_path=path)`` and :func:`vitmix.models.load_released`
             load; or, for a model of transformers, a folder (``config.json`` and
             ``model.safetensors``) for ``from_pretrained``.
+        head: with the classifier; without it, the file is for ``timm.create_model(...,
+            num_classes=0, checkpoint_path=path)``.
+        facts: plain values that :func:`read_facts` finds in the file.
 
     Returns:
         The path.
 
     Raises:
         InputError: a path that does not fit, or weights spread over processes.
+        UnsupportedModelError: no classifier is known to be left out.
     """
     path = Path(path)
+    if not head:
+        model = backbone_of(model)
     is_folder = path.suffix != ".safetensors"
     if is_folder and not is_made_by(model, "transformers.modeling_utils", "PreTrainedModel"):
         raise InputError(
@@ -150,6 +183,19 @@ def write_weights(model: nn.Module, path: str | Path) -> Path:
     # Copies, since a file holds no two names of one tensor. A reader never sees half a file.
     temporary = path.with_name(path.name + ".tmp")
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
-    save_file(tensors, temporary, {"format": "pt"})
+    said = {} if facts is None else {_FACTS: json.dumps(facts)}
+    save_file(tensors, temporary, {"format": "pt", **said})
     os.replace(temporary, path)
     return path
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """What :func:`write_weights` was given to put beside the weights; empty for other files."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            found: dict[str, Any] = json.loads((file.metadata() or {}).get(_FACTS, "{}"))
+    except (OSError, SafetensorError, ValueError):
+        return {}
+    return found

@@ -59,7 +59,7 @@ class Classifier(nn.Module):
         )
         self.norm = nn.LayerNorm(embed_dim)
         self.attention_pool = nn.Linear(embed_dim, 1)
-        self.fc = nn.Linear(embed_dim, num_classes)
+        self.fc = _linear_head(embed_dim, num_classes)
 
     def forward_features(self, tokens: Tensor) -> Tensor:
         """Tokens `(B, N, D)` to the normalised tokens after the last block."""
@@ -89,7 +89,7 @@ class CCT(nn.Module):
         embed_dim: Width of a token.
         kernel_size: Side of the tokenizer's convolutions (published: 3 or 7).
         num_conv_layers: Number of those convolutions; each is followed by a pooling that halves.
-        num_classes: Number of classes.
+        num_classes: Number of classes; 0 for a model without a classifier, which gives `(B, D)`.
         img_size: Side of the input in pixels, or `(height, width)`.
         in_chans: Channels of the input.
         dropout: Dropout of embeddings, projections and MLP.
@@ -165,6 +165,13 @@ class CCT(nn.Module):
         """Rows and columns of tokens for an image of `img_size` pixels."""
         return self.tokenizer.grid_size(*_pair(img_size))
 
+    def reset_classifier(self, num_classes: int) -> None:
+        """Put a new linear head in the place of the old one, as in timm; 0: none."""
+        self.num_classes = num_classes
+        head = _linear_head(self.embed_dim, num_classes)
+        head.apply(_init_weights)
+        self.classifier.fc = head.to(self.classifier.norm.weight.device)
+
     def forward_features(self, images: Tensor) -> Tensor:
         """Images `(B, C, H, W)` to tokens `(B, N, D)` after the final norm."""
         self._check(images)
@@ -188,6 +195,10 @@ class CCT(nn.Module):
                 f"{tuple(images.shape)}. Resize the images, or build the model with another "
                 "img_size or in_chans."
             )
+
+
+def _linear_head(embed_dim: int, num_classes: int) -> nn.Module:
+    return nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -13,10 +13,12 @@ import torch
 from vitmix.errors import InputError
 from vitmix.train.config import TrainConfig
 from vitmix.train.methods import method_of
-from vitmix.train.provenance import device_name, fingerprint, pick_device
+from vitmix.train.provenance import commit, device_name, fingerprint, pick_device
 
 if TYPE_CHECKING:
-    from torch import nn
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
 
     from vitmix.train.data import ImageData
 
@@ -31,6 +33,7 @@ __all__ = [
     "make_model",
     "newest_checkpoint",
     "read_checkpoint",
+    "trained_state",
 ]
 
 FORMAT = 1
@@ -50,6 +53,7 @@ class TrainedModel:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     metrics: dict[str, float]
+    commit: str | None  # of vitmix, where it is known
 
 
 def make_model(config: TrainConfig, num_classes: int, img_size: int) -> nn.Module:
@@ -90,6 +94,7 @@ def make_facts(
     return {
         "format": FORMAT,
         "version": str(getattr(vitmix, "__version__", "")),
+        "commit": commit(),
         "config": config.to_dict(),
         "classes": list(data.classes),
         "img_size": data.img_size,
@@ -160,6 +165,15 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def trained_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of the model itself in a checkpoint, the averaged ones where there are any."""
+    return content["vitmix"].get("averaged") or {
+        key.removeprefix(_PREFIX): value
+        for key, value in content["state_dict"].items()
+        if key.startswith(_PREFIX)
+    }
+
+
 def load_trained(path: str | Path, *, model: str | None = None) -> TrainedModel:
     """Build the model of a run folder or checkpoint file.
 
@@ -182,11 +196,7 @@ def load_trained(path: str | Path, *, model: str | None = None) -> TrainedModel:
     config.model = model or config.model
     config.pretrained = False
     network = make_model(config, len(facts["classes"]), facts["img_size"])
-    state = facts.get("averaged") or {
-        key.removeprefix(_PREFIX): value
-        for key, value in content["state_dict"].items()
-        if key.startswith(_PREFIX)
-    }
+    state = trained_state(content)
     expected = network.state_dict()
     differing = sorted(expected.keys() ^ state.keys()) or [
         key for key, value in expected.items() if value.shape != state[key].shape
@@ -207,4 +217,5 @@ def load_trained(path: str | Path, *, model: str | None = None) -> TrainedModel:
         tuple(facts["mean"]),
         tuple(facts["std"]),
         dict(facts["metrics"]),
+        facts.get("commit"),
     )
