@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,8 @@ from scipy import stats
 
 import vitmix
 from vitmix.cli import main
-from vitmix.evaluate.study import paired, read_study, studies
+from vitmix.evaluate.study import read_study, studies
+from vitmix.evaluate.study_tables import paired
 
 STUDY = """
 title: A small one
@@ -97,6 +102,89 @@ def test_measures_of_every_run(
     assert "measure " not in capsys.readouterr().out
     row = json.loads((out / "study.json").read_text())["cells"][1]
     assert len(row["measures"]["calibration error %"]) == 2
+
+
+def test_stored_results_count_as_finished(
+    study: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "results"
+    command = ["study", study, "--results", str(store)]
+    plain = [*command, "--out", str(tmp_path / "first"), "--cells", "none"]
+    assert main([*plain, "--measures", "calibration"]) == 0
+    assert "2 runs, 2 to train" in capsys.readouterr().out
+    files = sorted(store.iterdir())
+    assert [path.name.rpartition("-")[0] for path in files] == ["none-seed0", "none-seed1"]
+    kept = json.loads(files[0].read_text())
+    assert kept["measures"]["calibration"]["ece"] >= 0
+    assert kept["data_fingerprint"]
+    assert kept["commit"] == kept["measures"]["commit"]
+    assert str(tmp_path) not in files[0].read_text()  # nothing about this machine's folders
+    # Elsewhere only what is missing is trained, and differences are those of the same seed.
+    before = [path.read_text() for path in files]
+    again = [*command, "--out", str(tmp_path / "second"), "--cells", "none,aligned"]
+    assert main(again) == 0
+    assert "4 runs, 2 to train" in capsys.readouterr().out
+    assert not list((tmp_path / "second").glob("none-*"))
+    assert [path.read_text() for path in files] == before
+    document = json.loads((tmp_path / "second" / "study.json").read_text())
+    assert document["cells"][1]["against"]["none"]["seeds"] == 2
+    assert len(document["cells"][0]["measures"]["calibration error %"]) == 2
+    # Measures need the checkpoint of that very run.
+    assert main([*again, "--measures", "calibration,fgsm"]) == 2
+    assert "checkpoint is not there" in capsys.readouterr().err
+
+
+def test_stored_results_of_other_settings_are_refused(
+    study: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after the default of a setting has changed, which the digest leaves out."""
+    store = tmp_path / "results"
+    command = ["study", study, "--results", str(store), "--cells", "none", "--seeds", "1"]
+    assert main([*command, "--out", str(tmp_path / "first")]) == 0
+    (path,) = store.iterdir()
+    content = json.loads(path.read_text())
+    content["config"]["smoothing"] = 0.3
+    path.write_text(json.dumps(content))
+    capsys.readouterr()
+    assert main([*command, "--out", str(tmp_path / "second")]) == 2
+    assert "smoothing 0.3 instead of 0.1" in capsys.readouterr().err
+    path.write_text("{")
+    assert main([*command, "--out", str(tmp_path / "second")]) == 2
+    assert f"expected the results of a run in {path}" in capsys.readouterr().err
+
+
+def test_runs_side_by_side_give_the_same_figures(study: str, tmp_path: Path) -> None:
+    """The teacher of a run is trained before it, whatever the order of the cells."""
+    path = Path(study)
+    path.write_text(STUDY.replace("  none: {}", "  taught: {method: tokenmix}\n  none: {}"))
+    command = ["study", study, "--seeds", "1", "--cells", "taught,none"]
+    found = []
+    for jobs in ("1", "2"):
+        out = tmp_path / jobs
+        assert main([*command, "--threads", "1", "--jobs", jobs, "--out", str(out)]) == 0
+        cells = json.loads((out / "study.json").read_text())["cells"]
+        found.append({row["method"]: (row["top1_runs"], row["loss_runs"]) for row in cells})
+        assert not list(out.glob("taught-*/teacher"))
+    assert found[0] == found[1]
+    assert list(found[0]) == ["taught", "none"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals as in POSIX")
+def test_ctrl_c_stops_all_runs_and_leaves_their_checkpoints(study: str, tmp_path: Path) -> None:
+    path = Path(study)
+    path.write_text(STUDY.replace("epochs: 1", "epochs: 900"))
+    command = [sys.executable, "-m", "vitmix.cli", "study", study, "--out", str(tmp_path / "runs")]
+    command += ["--jobs", "2", "--seeds", "1", "--cells", "none,aligned"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        assert any("epoch   1/900" in line for line in process.stdout)
+        os.killpg(process.pid, signal.SIGINT)
+        _, complaint = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert complaint == "vitmix: interrupted; the same command goes on\n"
+    assert list((tmp_path / "runs").glob("*/last.ckpt"))
 
 
 def test_ablation_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

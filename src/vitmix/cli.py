@@ -277,6 +277,11 @@ def _configure_cells(parser: Parser) -> None:
     parser.add(
         "--seeds", str | None, None, "number of seeds from --seed on, or seeds (the study's own)"
     )
+    parser.add(
+        "--results", str | None, None,
+        "folder of stored results: a run that is in it counts as finished, new ones are added",
+    )  # fmt: skip
+    parser.add("--jobs", int, 1, "runs to train side by side, in processes of their own")
     parser.add("--measures", str | None, None, "of every run, as by vitmix evaluate; or all")
     parser.add("--limit", int | None, None, "take them on so many test images, spread evenly")
     parser.add_config(
@@ -291,21 +296,29 @@ def _study(options: Any) -> None:
 
     from vitmix.evaluate.compare import parse_seeds
     from vitmix.evaluate.measured import chosen_measures
-    from vitmix.evaluate.study import measure_runs, read_study, run_study, show
+    from vitmix.evaluate.study import read_study
+    from vitmix.evaluate.study_runs import measure_runs, run_study
+    from vitmix.evaluate.study_tables import show
 
-    name, cells, seeds, measures, limit = (
-        options.pop(key) for key in ("study", "cells", "seeds", "measures", "limit")
+    name, cells, seeds, stored, jobs, measures, limit = (
+        options.pop(key)
+        for key in ("study", "cells", "seeds", "results", "jobs", "measures", "limit")
     )
+    if jobs < 1:
+        raise InputError(f"expected --jobs to be at least 1, got {jobs}")
     chosen = None if cells is None else [cell.strip() for cell in cells.split(",")]
     first, out = options.pop("seed", 0), options.pop("out", None)
     if measures is not None:
         chosen_measures(measures)
     study = read_study(name, options, chosen)
+    wanted = parse_seeds(seeds or str(study.seeds), first)
     folder = Path(out or f"runs/{study.name}").expanduser()
-    found = run_study(study, parse_seeds(seeds or str(study.seeds), first), folder)
+    store = None if stored is None else Path(stored).expanduser()
+    found = run_study(study, wanted, folder, store, jobs)
     if measures is not None:
-        found = measure_runs(study, found, folder, measures, limit)
-    print(f"\n{show(study, found)}\n\nresults {folder / 'study.md'}, {folder / 'study.json'}")
+        found = measure_runs(study, found, folder, store, measures, limit)
+    print(f"\n{show(study, found, len(wanted))}\n")
+    print(f"results {folder / 'study.md'}, {folder / 'study.json'}")
 
 
 def _ablate(options: Any) -> None:

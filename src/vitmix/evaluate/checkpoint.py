@@ -18,7 +18,7 @@ from vitmix.evaluate.measured import chosen_measures, measure, save_measures
 from vitmix.train.checkpoint import load_trained
 from vitmix.train.data import load_data
 from vitmix.train.loading import make_augment, make_loader
-from vitmix.train.provenance import pick_device
+from vitmix.train.provenance import commit, pick_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -186,7 +186,7 @@ def evaluate_checkpoint(
     if names is None:
         return _as_json(asdict(scores)) if json else _in_words(scores)
     found = {
-        "run": str(path), "data": opened.config.data, **asdict(scores),
+        "run": str(path), "data": opened.config.data, "commit": commit(), **asdict(scores),
         **measure(opened, names, limit),
     }  # fmt: skip
     lines = save_measures(found, folder, title=f"{opened.config.model}, {path.resolve().name}")

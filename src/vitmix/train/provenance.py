@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import subprocess
 import zlib
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,8 +35,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+@cache
 def commit() -> str | None:
-    """Commit of vitmix's own source, with ``+`` if it was changed; None outside a repository."""
+    """Commit of vitmix's own source, with ``+`` if it was changed; None outside a repository.
+
+    That of the first call: what a process runs stays as it was when it began.
+    """
     package = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:

@@ -114,6 +114,7 @@ def train_run(
         Interrupted: Ctrl-C; the message names the checkpoint.
     """
     check_config(config)
+    commit()  # as it is now, not when the run ends
     processes = Processes.of(config)
     verbose &= processes.first
     spec = method_of(config)
@@ -225,6 +226,7 @@ def _results(
         "method": method_name(config),
         "model": config.model,
         "data": config.data,
+        "data_fingerprint": task.facts["made_from"]["data"],
         "parameters": sum(p.numel() for p in task.mixing.model.parameters()),
         "classes": len(data.classes),
         "train_images": len(data.train),

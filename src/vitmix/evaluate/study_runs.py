@@ -1,0 +1,274 @@
+"""``vitmix study`` and ``vitmix ablate``: train the runs of a study that are missing.
+
+One after another, or several side by side in processes of their own: on a GPU that a small model
+does not fill, or on the cores of a processor.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from io import TextIOWrapper
+from multiprocessing import active_children, get_context, parent_process
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING
+
+import torch
+
+from vitmix.errors import InputError, VitmixError
+from vitmix.evaluate.checkpoint import evaluate_checkpoint
+from vitmix.evaluate.measured import MEASURES, chosen_measures
+from vitmix.evaluate.study_results import Runs, find_run, find_runs_of, measures_in
+from vitmix.evaluate.study_tables import write_tables
+from vitmix.train.checkpoint import LAST
+from vitmix.train.data import load_data
+from vitmix.train.folder import MARKER
+from vitmix.train.methods import method_of
+from vitmix.train.resume import finished_results
+from vitmix.train.run import Interrupted, train_run
+
+if TYPE_CHECKING:
+    from vitmix.evaluate.study import Cell, Study
+    from vitmix.train.config import TrainConfig
+    from vitmix.train.data import ImageData
+
+__all__ = ["measure_runs", "run_study"]
+
+
+def run_study(
+    study: Study, seeds: Sequence[int], out: Path, store: Path | None = None, jobs: int = 1
+) -> Runs:
+    """Train the runs that are missing; write ``study.json`` and ``study.md``.
+
+    Both are written anew after every run. Teachers of ``tokenmix`` with ``teacher: auto`` are the
+    runs of a cell ``none`` with the same seed, where there is one with its checkpoint.
+
+    Args:
+        study: the study.
+        seeds: of every cell, seed by seed, so that a study that is stopped has whole tables.
+        out: folder of the run folders.
+        store: folder of stored runs, which count as finished; new ones are added.
+        jobs: how many runs to train side by side.
+
+    Returns:
+        The results by cell and seed.
+
+    Raises:
+        InputError: data or settings that do not fit.
+        VitmixError: a process that trained was killed.
+        Interrupted: Ctrl-C; what was begun goes on with the next call.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    results = find_runs_of(study, seeds, out, store)
+    missing = _missing(study, seeds, out, results)
+    count = len(seeds) * len(study.cells)
+    print(f"study   {study.name}: {count} runs, {len(missing)} to train, in {out}", flush=True)
+
+    def finished(task: _Task) -> None:
+        run = find_run(task.cell, task.seed, out, store)
+        assert run is not None
+        results[task.cell.name][task.seed] = run
+        write_tables(study, results, len(seeds), out)
+
+    try:
+        if jobs > 1:
+            _side_by_side(missing, jobs, finished)
+        else:
+            for task in missing:
+                _train(task)
+                finished(task)
+    except KeyboardInterrupt:
+        raise Interrupted("the same command goes on") from None
+    finally:
+        _in_memory.clear()
+    write_tables(study, results, len(seeds), out)
+    return results
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A run to train.
+
+    Attributes:
+        out: folder of the run folders.
+        teacher: folder of the run that is to be its teacher, where that is one of the study's.
+        label: stands before each line of its progress.
+    """
+
+    cell: Cell
+    seed: int
+    out: Path
+    teacher: Path | None
+    label: str = ""
+
+    @property
+    def folder(self) -> Path:
+        return self.out / self.cell.folder(self.seed)
+
+
+def _missing(study: Study, seeds: Sequence[int], out: Path, results: Runs) -> list[_Task]:
+    """What is to be trained: seed by seed, the plain runs first, as they are teachers."""
+    cells = sorted(study.cells, key=lambda cell: cell.name != "none")
+    tasks = []
+    for seed in seeds:
+        plain = out / cells[0].folder(seed) if cells[0].name == "none" else None
+        for cell in cells:
+            if seed not in results[cell.name]:
+                taught = cell.name != "none" and method_of(cell.config).needs_teacher
+                tasks.append(_Task(cell, seed, out, plain if taught else None))
+    return [
+        replace(task, label=f"[{number}/{len(tasks)}] {task.cell.name} seed {task.seed}  ")
+        for number, task in enumerate(tasks, 1)
+    ]
+
+
+def _train(task: _Task) -> None:
+    """Train a run, or go on with it."""
+    config, folder, teacher = task.cell.config, task.folder, task.teacher
+    train_run(
+        replace(config, seed=task.seed, out=str(task.out), name=folder.name, overwrite=False),
+        data=_data(config),
+        teacher_run=teacher if teacher is not None and _trained(teacher) else None,
+        resume=folder if (folder / MARKER).is_file() else None,
+        label=task.label,
+        verbose=False,
+    )
+
+
+def _trained(folder: Path) -> bool:
+    """Whether a finished run has its weights here."""
+    return (folder / LAST).is_file() and finished_results(folder) is not None
+
+
+_in_memory: dict[tuple[str, ...], ImageData] = {}  # the data of the run before
+
+
+def _data(config: TrainConfig) -> ImageData:
+    """The data set, read once for runs that read it in the same way."""
+    names = (
+        "data", "label_column", "test_split", "test_share", "val_share", "train_limit", "img_size",
+        "crop_pct", "interpolation", "mean", "std", "teacher_maps",
+    )  # fmt: skip
+    key = tuple(repr(getattr(config, name)) for name in names)
+    if key not in _in_memory:
+        _in_memory.clear()
+        _in_memory[key] = load_data(config)
+    return _in_memory[key]
+
+
+# --- several at a time
+
+
+def _side_by_side(tasks: Sequence[_Task], jobs: int, finished: Callable[[_Task], None]) -> None:
+    """Train in processes; a run whose teacher is yet to be trained waits for it."""
+    waiting = list(tasks)
+    running: dict[Future[None], _Task] = {}
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _begin_process, (jobs,)) as pool:
+        try:
+            while waiting or running:
+                unfinished = {task.folder for task in (*waiting, *running.values())}
+                ready = [task for task in waiting if task.teacher not in unfinished]
+                for task in ready[: jobs - len(running)]:
+                    waiting.remove(task)
+                    running[pool.submit(_train_in_process, task)] = task
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    task = running.pop(future)
+                    future.result()
+                    finished(task)
+        except KeyboardInterrupt:
+            for process in active_children():
+                os.kill(process.pid or 0, signal.SIGINT)
+            raise
+        except BrokenProcessPool:
+            raise VitmixError(
+                "a process that trained was killed, for want of memory perhaps; the same command "
+                "goes on, with fewer --jobs if need be"
+            ) from None
+
+
+def _begin_process(jobs: int) -> None:
+    """Share the processor's cores, leave signals to the parent, print no bars, end with it."""
+    os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+    sys.stderr = _PlainStream(sys.stderr.buffer, line_buffering=True)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+class _PlainStream(TextIOWrapper):
+    def isatty(self) -> bool:
+        return False
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _train_in_process(task: _Task) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        _train(task)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# --- measures
+
+
+def measure_runs(
+    study: Study, results: Runs, out: Path, store: Path | None, names: str, limit: int | None
+) -> Runs:
+    """Take measures of every run that has none yet; write the tables again.
+
+    Args:
+        study: the study.
+        results: of :func:`run_study`.
+        out: folder of the run folders.
+        store: folder of stored runs.
+        names: of measures, as for ``vitmix evaluate``.
+        limit: take them on so many test images.
+
+    Returns:
+        The results with their measures.
+
+    Raises:
+        InputError: a run that is stored without them, and has no checkpoint here.
+    """
+    chosen = chosen_measures(names)
+    wanted = [
+        (cell, seed)
+        for cell in study.cells
+        for seed, run in results[cell.name].items()
+        if not set(chosen) <= run["measures"].keys()
+    ]
+    for cell, seed in wanted:
+        folder = out / cell.folder(seed)
+        run = finished_results(folder) if _trained(folder) else None
+        if run is None or run["started"] != results[cell.name][seed]["started"]:
+            raise InputError(
+                f"expected the run {folder} for --measures, its figures are stored but its "
+                "checkpoint is not there; leave it out with --cells and --seeds, or train it "
+                "without --results"
+            )
+    for cell, seed in wanted:
+        folder = out / cell.folder(seed)
+        print(f"measure {folder.name}", flush=True)
+        before = [name for name in MEASURES if name in measures_in(folder)]
+        names = ",".join(dict.fromkeys((*before, *chosen)))  # the file is written anew
+        evaluate_checkpoint(str(folder), measures=names, limit=limit)
+        run = find_run(cell, seed, out, store)
+        assert run is not None
+        results[cell.name][seed] = run
+    write_tables(study, results, max(map(len, results.values())), out)
+    return results
