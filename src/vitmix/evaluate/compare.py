@@ -19,6 +19,7 @@ from vitmix.train.parallel import Processes
 from vitmix.train.provenance import commit, versions
 from vitmix.train.run import Interrupted, check_config, default_name, train_run, try_step
 from vitmix.train.stages import build_mixing
+from vitmix.train.transfer import load_start, read_start
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,6 +97,9 @@ def compare(
     settled = {method: _settings_of(config, method) for method in methods}
     for chosen in settled.values():
         _try_method(chosen, data)
+    if config.init is not None and resume is None:
+        model = make_model(config, len(data.classes), data.img_size)
+        load_start(model, read_start(config.init), data.classes)
     default = default_name("compare", data.name, config.model)
     listed = ",".join(map(str, seeds))
     settings: dict[str, Any] = {

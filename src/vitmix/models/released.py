@@ -26,7 +26,7 @@ from vitmix.models.cct import CCT
 from vitmix.tokens import HorizontalTokenMixup
 from vitmix.weights import listed, read_weights
 
-__all__ = ["LoadedWeights", "load_released"]
+__all__ = ["LoadedWeights", "fitted_positions", "load_released"]
 
 _State = dict[str, Tensor]
 _THIRD = re.compile(r"(.+\.)(query|key|value)(\.weight|\.bias)")
@@ -237,7 +237,15 @@ def _square_grid(tokens: int) -> tuple[int, int]:
     return side, side
 
 
-def _resize_cct(model: CCT, positions: Tensor) -> Tensor:
+def fitted_positions(model: CCT, positions: Tensor) -> Tensor:
+    """A CCT's position embedding ``(1, N, D)`` from one for square images of another size.
+
+    Raises:
+        InputError: positions of another grid than a square one.
+    """
+    own = model.classifier.positional_emb
+    if own is not None and not own.requires_grad:
+        return own.detach()  # sines are known for every size
     old, new = _square_grid(positions.shape[1]), model.grid_size(model.img_size)
     if old == new:
         return positions
@@ -283,7 +291,7 @@ _CCT = _Layout(
     scorenet_prefix="",
     classifier="classifier.fc",
     positions="classifier.positional_emb",
-    resize=_resize_cct,
+    resize=fitted_positions,
 )
 _VIT = _Layout(
     rename=_vit_name,

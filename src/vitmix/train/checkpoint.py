@@ -32,6 +32,7 @@ __all__ = [
     "make_facts",
     "make_model",
     "newest_checkpoint",
+    "origin_of",
     "read_checkpoint",
     "trained_state",
 ]
@@ -53,7 +54,7 @@ class TrainedModel:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     metrics: dict[str, float]
-    commit: str | None  # of vitmix, where it is known
+    origin: dict[str, Any]  # see `origin_of`
 
 
 def make_model(config: TrainConfig, num_classes: int, img_size: int) -> nn.Module:
@@ -86,7 +87,10 @@ def make_model(config: TrainConfig, num_classes: int, img_size: int) -> nn.Modul
 
 
 def make_facts(
-    config: TrainConfig, data: ImageData, teacher: nn.Module | None = None
+    config: TrainConfig,
+    data: ImageData,
+    teacher: nn.Module | None = None,
+    init: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Plain values that go into every checkpoint of a run."""
     import vitmix
@@ -96,6 +100,7 @@ def make_facts(
         "version": str(getattr(vitmix, "__version__", "")),
         "commit": commit(),
         "config": config.to_dict(),
+        "init": init,
         "classes": list(data.classes),
         "img_size": data.img_size,
         "mean": list(data.mean),
@@ -165,6 +170,18 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def origin_of(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's facts tell whoever uses its weights elsewhere, as plain values."""
+    config = facts["config"]
+    return {
+        "model": config["model"],
+        "model_kwargs": config.get("model_kwargs"),
+        "data": config["data"],
+        "commit": facts.get("commit"),
+        **{key: facts[key] for key in ("classes", "img_size", "mean", "std")},
+    }
+
+
 def trained_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
     """The weights of the model itself in a checkpoint, the averaged ones where there are any."""
     return content["vitmix"].get("averaged") or {
@@ -194,7 +211,7 @@ def load_trained(path: str | Path, *, model: str | None = None) -> TrainedModel:
     config = TrainConfig.from_dict(facts["config"])
     stored = config.model
     config.model = model or config.model
-    config.pretrained = False
+    config.pretrained, config.init = False, None
     network = make_model(config, len(facts["classes"]), facts["img_size"])
     state = trained_state(content)
     expected = network.state_dict()
@@ -217,5 +234,5 @@ def load_trained(path: str | Path, *, model: str | None = None) -> TrainedModel:
         tuple(facts["mean"]),
         tuple(facts["std"]),
         dict(facts["metrics"]),
-        facts.get("commit"),
+        origin_of(facts),
     )

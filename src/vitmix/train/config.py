@@ -109,8 +109,8 @@ class TrainConfig:
     mean: list[float] | None = option(
         "Data",
         None,
-        "mean of each channel in [0, 1] (default: that of pretrained weights, else the data's, or "
-        "ImageNet's)",
+        "mean of each channel in [0, 1] (default: that of --init or pretrained weights, else the "
+        "data's, or ImageNet's)",
         3,
     )
     std: list[float] | None = option(
@@ -156,6 +156,15 @@ class TrainConfig:
 
     model: str = option("Model", "cct_2_3x2_32", "a CCT of vitmix.models or any timm name")
     pretrained: bool = option("Model", False, "start from timm's pretrained weights")
+    init: str | None = option(
+        "Model",
+        None,
+        "start from these weights: a run folder, its .ckpt, or a file of weights (the model is "
+        "theirs unless --model is given; for other classes the classifier is made anew)",
+    )
+    linear_probe: bool = option(
+        "Model", False, "train the classifier alone; the rest stays as --init or --pretrained is"
+    )
     drop_path: float | None = option("Model", None, "stochastic depth (default: the model's own)")
     model_kwargs: dict[str, Any] | None = option(
         "Model", None, "more arguments of the model, such as {depth: 6}"
@@ -351,6 +360,18 @@ class TrainConfig:
                 raise InputError(f"expected {_dashed(name)} to be greater than 0, got 0")
         if self.teacher_maps is not None and self.teacher != "auto":
             raise InputError("expected either --teacher or --teacher-maps, got both")
+        if self.init is not None and self.pretrained:
+            raise InputError("expected either --init or --pretrained to start from, got both")
+        if self.linear_probe and self.init is None and not self.pretrained:
+            raise InputError(
+                "expected weights to probe, --init or --pretrained, with --linear-probe; got "
+                "neither"
+            )
+        if self.linear_probe and self.layer_decay is not None:
+            raise InputError(
+                "expected no --layer-decay with --linear-probe, which trains one layer; leave one "
+                "of them out"
+            )
         if self.val_share is not None and self.test_split is not None:
             raise InputError(
                 "expected either --val-share or --test-split to say what to test on, got both"

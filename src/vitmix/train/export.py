@@ -38,13 +38,8 @@ def export_run(run: str | Path, path: str | Path, part: Part = "all") -> Trained
         InputError: no run, a path that does not fit, or a model without such a part.
     """
     trained = load_trained(run)
-    facts = {
-        "model": trained.config.model, "model_kwargs": trained.config.model_kwargs, "part": part,
-        "classes": trained.classes, "img_size": trained.img_size, "mean": trained.mean,
-        "std": trained.std, "data": trained.config.data, "commit": trained.commit,
-    }  # fmt: skip
     model = _features_of(trained) if part == "features" else trained.model
-    write_weights(model, path, head=part != "backbone", facts=facts)
+    write_weights(model, path, head=part != "backbone", facts={**trained.origin, "part": part})
     return trained
 
 

@@ -49,6 +49,8 @@ from vitmix.train.saving import (
 )
 from vitmix.train.stages import build_mixing
 from vitmix.train.teachers import named_teacher
+from vitmix.train.transfer import freeze_backbone, load_start, normalised, read_start
+from vitmix.weights import listed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -118,19 +120,29 @@ def train_run(
     processes = Processes.of(config)
     verbose &= processes.first
     spec = method_of(config)
-    data = data or load_data(config)
-    classes = len(data.classes)
     path, saved = (newest_checkpoint(resume) if resume is not None else None) or (None, None)
+    # A checkpoint of the run knows what it began with, which may be gone.
+    start = None if config.init is None or saved is not None else read_start(config.init)
+    data = data or load_data(config)
+    if config.init is not None:
+        origin = start.origin if start is not None else (saved or {})["vitmix"]
+        data = normalised(data, config, origin)
+    classes = len(data.classes)
     torch.manual_seed(config.seed)
     # The weights of a checkpoint replace pretrained ones.
     fetched = config if saved is None else replace(config, pretrained=False)
     model = make_model(fetched, classes, data.img_size)
+    init = None if saved is None else saved["vitmix"].get("init")
+    if start is not None:
+        init = load_start(model, start, data.classes)
     online = spec.needs_teacher and config.teacher_maps is None
     teacher = _make_teacher(config, data) if online else None
     mixing = build_mixing(
         model, config, num_classes=classes, img_size=data.img_size, teacher=teacher, maps=data.maps
     )
     try_step(mixing, data)
+    if config.linear_probe:
+        freeze_backbone(model)
     require_whole_blocks(mixing, config)
     parameter_groups(mixing, config)  # refuses what the optimiser cannot do
     own_seed = processes.seed(config.seed)
@@ -147,13 +159,13 @@ def train_run(
     if processes.first and processes.count > 1:
         tell_folder(folder)
     if verbose:
-        _announce(config, data, mixing, folder)
+        _announce(config, data, mixing, folder, init)
         if resume is not None:
             steps = 0 if saved is None else saved["global_step"]
             print(f"resume  after step {steps}", flush=True)
     if teacher is not None and config.teacher == "auto":
         _fill_teacher(teacher, config, data, teacher_run, folder, label, processes)
-    facts = make_facts(config, data, teacher)
+    facts = make_facts(config, data, teacher, init)
     if saved is not None:
         check_origin(saved["vitmix"], facts)
     loader = make_loader(data, config, train=True, processes=processes)
@@ -238,6 +250,7 @@ def _results(
         "seconds": checkpoints.seconds,
         "images_per_second": images / checkpoints.seconds,
         "started": checkpoints.started,
+        "init": task.facts["init"],
         "commit": commit(),
         "versions": versions(),
         "config": config.to_dict(),
@@ -273,7 +286,9 @@ def default_name(*parts: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", "-".join(parts))
 
 
-def _announce(config: TrainConfig, data: ImageData, mixing: Any, folder: Path) -> None:
+def _announce(
+    config: TrainConfig, data: ImageData, mixing: Any, folder: Path, init: dict[str, Any] | None
+) -> None:
     side = data.img_size
     print(
         f"data    {data.name}: {len(data.train)} training and {len(data.test)} test images, "
@@ -283,6 +298,14 @@ def _announce(config: TrainConfig, data: ImageData, mixing: Any, folder: Path) -
         print(f"        {data.skipped} corrupt images skipped")
     millions = sum(p.numel() for p in mixing.model.parameters()) / 1e6
     print(f"model   {config.model}, {millions:.2f} M parameters, {config.precision}")
+    if init is not None:
+        print(f"init    {init['path']}: {init['taken']} tensors taken")
+        for word in ("new", "resampled"):
+            if init[word]:
+                print(f"        {word}: {listed(init[word])}")
+    if config.linear_probe:
+        names = [name for name, value in mixing.model.named_parameters() if value.requires_grad]
+        print(f"probe   only {listed(names)} learn")
     print(f"method  {method_name(config)}")
     print(f"folder  {folder}", flush=True)
 

@@ -114,6 +114,12 @@ def build_mixing(
         for part, args in _token_settings(spec, config, model, img_size)
     ]
     _refuse_unused(spec, config)
+    if config.linear_probe and tokens:
+        raise InputError(
+            f"expected a method without token stages for --linear-probe, got --method "
+            f"{method_name(config)}: they change tokens inside of what does not learn; pixel "
+            "mixing with any labels works"
+        )
     return vitmix.MixingModel(
         model,
         mix=mix,
