@@ -17,6 +17,7 @@ from vitmix.cli import main
 from vitmix.evaluate.study import read_study, studies
 from vitmix.evaluate.study_tables import paired
 
+ROOT = Path(__file__).parent.parent
 STUDY = """
 title: A small one
 seeds: 2
@@ -39,10 +40,29 @@ def study(tmp_path: Path) -> str:
 @pytest.mark.parametrize("name", list(studies()))
 def test_studies_of_vitmix_are_well_formed(name: str) -> None:
     study = read_study(name)
-    assert len(study.cells) > 5
+    assert len(study.cells) >= 5
     assert study.against
     digests = {cell.digest(seed) for cell in study.cells for seed in range(2)}
     assert len(digests) == 2 * len(study.cells)  # no two cells are the same
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10-few"])
+def test_studies_of_the_released_mask_share_their_runs(name: str) -> None:
+    mask, study = read_study(str(ROOT / f"studies/mask-{name}.yaml")), read_study(name)
+    shared = {cell.folder(0) for cell in mask.cells} & {cell.folder(0) for cell in study.cells}
+    assert len(shared) == 2
+    assert mask.seeds == study.seeds
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_cell_of_the_study_for_gpus_trains(tmp_path: Path) -> None:
+    """Two steps of each on the CPU, with few images."""
+    command = ["study", "cifar100-gpu", "--data", "fake:100x32x8", "--max-steps", "2"]
+    small = ["--batch-size", "4", "--precision", "fp32"]
+    assert main([*command, *small, "--workers", "0", "--out", str(tmp_path)]) == 0
+    runs = [json.loads(path.read_text()) for path in tmp_path.glob("*/results.json")]
+    assert {run["steps"] for run in runs} == {2}
+    assert len(runs) == len(read_study("cifar100-gpu").cells)
 
 
 def test_paired_differences() -> None:
