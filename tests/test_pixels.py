@@ -71,6 +71,17 @@ def test_apply_is_the_sum_of_sources(name: str, draw: str, pairing: str, batch: 
     kept = images.clone()
     mixed = drawn.apply(images)
     assert torch.equal(images, kept)
+    given_to = torch.full_like(images, float("nan"))
+    assert drawn.apply(images, out=given_to) is given_to
+    assert drawn.apply(kept, out=kept) is kept
+    assert torch.equal(mixed, given_to)
+    assert torch.equal(mixed, kept)
+    leaf = images.clone().requires_grad_()
+    followed = drawn.apply(leaf)
+    assert torch.equal(mixed, followed.detach())
+    (gradient,) = torch.autograd.grad(followed.sum(), leaf)
+    every_pixel = torch.full((3, *SIZE), float(batch))
+    torch.testing.assert_close(gradient.sum(0), every_pixel, atol=1e-5, rtol=0)
     # Constant images show the share of the own image at every pixel.
     basis = torch.eye(batch)[:, :, None, None].expand(-1, -1, *SIZE)
     shares = drawn.apply(basis)
@@ -252,6 +263,13 @@ def test_bad_images() -> None:
         drawn.apply(torch.rand(3, 3, *SIZE))
     with pytest.raises(vitmix.InputError, match="floating"):
         drawn.apply(torch.zeros(4, 3, *SIZE, dtype=torch.uint8))
+    images = torch.rand(4, 3, *SIZE)
+    with pytest.raises(vitmix.InputError, match="expected `out` "):
+        drawn.apply(images, out=torch.rand(4, 1, *SIZE))
+    with pytest.raises(vitmix.InputError, match="expected `out` "):
+        drawn.apply(images, out=images.double())
+    with pytest.raises(vitmix.InputError, match="without gradient"):
+        drawn.apply(images.requires_grad_(), out=torch.rand(4, 3, *SIZE))
     with pytest.raises(vitmix.InputError, match="grid"):
         vitmix.TokenMix().plan(4, SIZE)
     with pytest.raises(vitmix.InputError, match="grid"):

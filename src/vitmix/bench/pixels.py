@@ -17,8 +17,9 @@ from vitmix.functional.targets import smooth_targets
 
 __all__ = ["VARIANTS", "comparisons", "mixer", "pixel_comparison"]
 
-VARIANTS = ("cutmix-timm", "cutmix", "cutmix-aligned", "tokenmix", "cutmix-torchvision",
-            "mixup-timm", "mixup", "mixup-torchvision")  # fmt: skip
+VARIANTS = ("cutmix-timm", "cutmix+in-place", "cutmix", "cutmix-aligned", "cutmix-torchvision",
+            "tokenmix+in-place", "tokenmix", "mixup-timm", "mixup+in-place", "mixup",
+            "mixup-torchvision")  # fmt: skip
 CLASSES = 1000
 
 
@@ -31,7 +32,8 @@ def comparisons(options: BenchOptions) -> Iterator[Job]:
 def pixel_comparison(batch: int, side: int, variants: tuple[str, ...], device: str) -> Comparison:
     """Compare pixel mixes with timm's and torchvision's; images ``(batch, 3, side, side)``.
 
-    timm's class overwrites the images it is given; the others make new ones.
+    timm's class overwrites the images it is given, as do variants with ``+in-place`` behind; the
+    others make new ones.
 
     Raises:
         InputError: an unknown variant.
@@ -53,14 +55,15 @@ def pixel_comparison(batch: int, side: int, variants: tuple[str, ...], device: s
 
 
 def _maker(variant: str, images: Tensor, targets: Tensor) -> Work:
-    if variant.endswith("-timm"):
+    if variant.endswith(("-timm", "+in-place")):
         images = images.clone()  # it will be overwritten
     return partial(mixer(variant, CLASSES), images, targets)
 
 
 def mixer(variant: str, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Images and class indices in, mixed images and soft targets out."""
-    name, _, library = variant.partition("-")
+    ours = variant.removesuffix("+in-place")
+    name, _, library = ours.partition("-")
     cutmix = name == "cutmix"
     if library == "timm":
         from timm.data import Mixup
@@ -82,13 +85,14 @@ def mixer(variant: str, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor
         "tokenmix": vitmix.TokenMix(),
         "mixup": vitmix.Mixup(alpha=1.0),
     }
-    mix, grid = mixes[variant], (14, 14)
+    mix, grid = mixes[ours], (14, 14)
 
-    def mixed(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def mixed_batch(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         size = (images.shape[2], images.shape[3])
         plan = mix.plan(len(images), size, grid=grid).to(images.device)
         mixture = plan.mixture(grid)
         soft = smooth_targets(targets, classes)
-        return plan.apply(images), mixture.targets(mixture.shares.mean(1), soft)
+        mixed = plan.apply(images, out=None if ours == variant else images)
+        return mixed, mixture.targets(mixture.shares.mean(1), soft)
 
-    return mixed
+    return mixed_batch

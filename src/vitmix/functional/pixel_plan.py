@@ -53,17 +53,21 @@ class PixelPlan:
             own=self.own.to(device, non_blocking=True),
         )
 
-    def apply(self, images: Tensor) -> Tensor:
-        """Mix images; the given ones stay as they are.
+    def apply(self, images: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Mix images; the given ones stay as they are, unless they are ``out``.
 
         Args:
             images: ``(B, C, H, W)``, floating point.
+            out: what to write into, of the shape and dtype of ``images``: ``images`` themselves, or
+                another batch that is no more needed. Finding memory for a new one is most of what
+                cutting costs on a CPU. Not for images with a gradient.
 
         Returns:
-            A new tensor of the same shape, dtype and memory format.
+            ``out``, or a new tensor of the same shape, dtype and memory format.
 
         Raises:
-            InputError: another batch size, another number of axes, or an integer dtype.
+            InputError: another batch size, another number of axes, an integer dtype, or an ``out``
+                that does not fit.
         """
         if images.ndim != 4 or len(images) != len(self.partner):
             raise InputError(
@@ -73,23 +77,35 @@ class PixelPlan:
             raise InputError(
                 f"expected floating-point images, got {images.dtype}; convert and normalise first"
             )
+        tracked = images.requires_grad and torch.is_grad_enabled()
+        if out is not None:
+            if tracked:
+                raise InputError("expected images without gradient for `out`, got some with one")
+            if (out.shape, out.dtype) != (images.shape, images.dtype):
+                raise InputError(
+                    f"expected `out` {tuple(images.shape)} of {images.dtype}, "
+                    f"got {tuple(out.shape)} of {out.dtype}"
+                )
         plan = self.to(images.device)
         on_host = images.device.type == "cpu" and not torch.compiler.is_compiling()
         if self.binary and on_host and len(self.own) == 1:
-            return plan._pasted(images)
+            return plan._pasted(images, out, tracked)
         own = on_pixels(plan.own, (images.shape[2], images.shape[3])).unsqueeze(1)
         other = images[plan.partner]
+        # The partners' images are a copy already: what is new is written over them.
+        target = None if tracked else other if out is None else out
         if self.binary:
-            return torch.where(own > 0.5, images, other)
-        return torch.lerp(other, images, own.to(images.dtype))
+            return torch.where(own > 0.5, images, other, out=target)
+        return torch.lerp(other, images, own.to(images.dtype), out=target)
 
-    def _pasted(self, images: Tensor) -> Tensor:
+    def _pasted(self, images: Tensor, out: Tensor | None, tracked: bool) -> Tensor:
         """One raster for all: a copy, with rectangles of the partners on it.
 
         A CPU spends its time on memory, and this moves half as much as a choice between two
         batches.
         """
-        mixed = images.clone()
+        in_place = out is images
+        mixed = images if in_place else images.clone() if out is None else out.copy_(images)
         _, height, width = self.own.shape
         for top, bottom, left, right in _rectangles((self.own[0] <= 0.5).numpy()):
             rows = slice(
@@ -98,7 +114,11 @@ class PixelPlan:
             columns = slice(
                 _first(left, width, images.shape[3]), _first(right, width, images.shape[3])
             )
-            mixed[:, :, rows, columns] = images[:, :, rows, columns].index_select(0, self.partner)
+            given, pasted = images[:, :, rows, columns], mixed[:, :, rows, columns]
+            if tracked or in_place:
+                pasted.copy_(given.index_select(0, self.partner))
+            else:
+                torch.index_select(given, 0, self.partner, out=pasted)
         return mixed
 
     def mixture(self, grid: Size, *, num_prefix_tokens: int = 0) -> Mixture:
