@@ -83,7 +83,7 @@ def test_targets_stand_beside_their_ratios(
 ) -> None:
     monkeypatch.setattr(targets, "SIZES", TINY)
     page, path = tmp_path / "page.md", tmp_path / "found.json"
-    page.write_text(f"# By hand\n\n{MARK}\n\nold\n")
+    page.write_text(f"# By hand\n\n{MARK}\n\nwritten before\n")
     arguments = ["bench", "--write", str(page), "--json", str(path), *SHORT]
     assert main(arguments) == 0
     found = json.loads(path.read_text())
@@ -94,7 +94,7 @@ def test_targets_stand_beside_their_ratios(
     assert all(each["reached"] is None for each in found["targets"] if each not in on_cpu)
     out, text = capsys.readouterr().out, page.read_text()
     assert text.startswith(f"# By hand\n\n{MARK}\n")
-    assert "old" not in text
+    assert "written before" not in text
     for each in on_cpu:
         assert each["what"] in out
         assert each["what"] in text
