@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from vitmix.bench.measure import (
     compare,
     peak_memory,
 )
-from vitmix.bench.page import MARK
+from vitmix.bench.options import BenchOptions
+from vitmix.bench.page import MARK, target_rows
+from vitmix.bench.pipeline import pipeline_comparison
 from vitmix.bench.steps import VARIANTS, supported_variants
 from vitmix.bench.targets import Sizes, Target, Verdict, verdicts
 from vitmix.cli import main
@@ -38,7 +41,7 @@ GROUPS = {
                {"cutmix-timm", "cutmix+in-place", "cutmix"}),
     "pipeline": (["--model", "cct_2_3x2_32", "--batch-size", "2", "--workers", "0",
                   "--data", "fake:10x32x8"],
-                 {"step", "pipeline", "end to end"}),
+                 {"step", "pipeline", "end to end", "product"}),
 }  # fmt: skip
 TINY = Sizes(
     vit=("test_vit", 2),
@@ -47,6 +50,7 @@ TINY = Sizes(
     small=(8, 16, 4),
     large=(12, 16, 4),
     growth=(8, 160, 16, 4),
+    pipeline=("cct7-cifar100", "cct_2_3x2_32", 2),
 )
 
 
@@ -99,6 +103,40 @@ def test_targets_stand_beside_their_ratios(
         assert each["what"] in out
         assert each["what"] in text
     assert "waits for a GPU" in text
+
+
+def test_every_target_of_a_gpu_has_its_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made on the CPU here, not run."""
+    monkeypatch.setattr(targets, "SIZES", TINY)
+    options = BenchOptions(device="cuda", data="fake:10x32x8", workers=0)
+    made = set()
+    for job in targets.comparisons(options):
+        assert "cuda" in job.args or job.args[0].device == "cuda"
+        on_cpu = (
+            replace(each, device="cpu") if isinstance(each, BenchOptions) else each
+            for each in ("cpu" if each == "cuda" else each for each in job.args)
+        )
+        made.add(job.make(*on_cpu).key)
+    wanted = [each for each in targets.targets() if each.on_gpu]
+    assert {each.key for each in wanted} == made
+    assert [each.unit for each in wanted].count("s") == 2
+
+
+def test_training_end_to_end_has_epochs_and_a_share_of_products() -> None:
+    options = BenchOptions(
+        models=("cct_2_3x2_32",), batch_sizes=(2,), data="fake:10x32x8", workers=0
+    )
+    measured = compare(pipeline_comparison(options), "cpu", Limits(0.0, most=1, least=1))
+    rows = {name: row.figures for name, row in measured.rows.items()}
+    assert rows["product"]["of product"] == 1.0
+    assert set(rows["pipeline"]) == {"images/s", "s/epoch"}
+    for name in ("step", "end to end"):
+        figures = rows[name]
+        assert figures["s/epoch"] == pytest.approx(50_000 / figures["images/s"])
+        share = figures["TFLOP/s"] / rows["product"]["TFLOP/s"]
+        assert 0 < figures["of product"] == pytest.approx(share)
+    target = Target("", measured.key, 4.0, "end to end", "end to end", "s/epoch", unit="s")
+    assert target.read(measured).median == rows["end to end"]["s/epoch"]
 
 
 def test_a_comparison_has_a_process_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,18 +206,29 @@ def test_variants_take_turns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("at_least", "bound", "reached"),
-    [(False, 2.0, True), (False, 1.9, False), (True, 2.0, True), (True, 2.1, False)],
+    ("at_least", "bound", "by_clock", "by_processor", "said"),
+    [
+        (False, 2.0, True, False, "reached"),
+        (False, 1.9, False, False, "not reached"),
+        (True, 2.0, True, True, "reached"),
+        (True, 2.1, False, True, "reached by processor time"),
+        (True, 3.1, False, False, "not reached"),
+    ],
 )
-def test_verdicts(at_least: bool, bound: float, reached: bool) -> None:
+def test_verdicts(
+    at_least: bool, bound: float, by_clock: bool, by_processor: bool, said: str
+) -> None:
     rows = {
         "a": Row([1.0] * 3, [1.0] * 3, Memory(1, 0)),
-        "b": Row([2.0] * 3, [2.0] * 3, Memory(1, 0)),
+        "b": Row([2.0] * 3, [3.0] * 3, Memory(1, 0)),
     }
     measured = Measured("steps", "x", "a", {}, 1, rows)
     target = Target("b over a", "steps: x", bound, "b", "a", at_least=at_least)
-    assert Verdict(target, measured.ratio("b")).reached is reached
-    assert Verdict(target, None).reached is None
+    verdict = Verdict(target, measured.ratio("b"), measured.ratio("b", kind="processor"))
+    assert verdict.reached is by_clock
+    assert verdict.reached_by_processor is by_processor
+    assert target_rows([verdict])[0][-1] == said
+    assert Verdict(target).reached is Verdict(target).reached_by_processor is None
 
 
 def test_targets_without_their_comparison_are_not_measured() -> None:

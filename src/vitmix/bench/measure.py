@@ -17,7 +17,7 @@ from tqdm import tqdm
 __all__ = ["Comparison", "Limits", "Measured", "Memory", "Ratio", "Row", "compare", "peak_memory"]
 
 # A turn repeats what is faster than this, seconds: clocks and threads are not sharper.
-_SHORTEST_TURN = 0.02
+_SHORTEST_TURN = 0.05
 
 Work = Callable[[], Any]
 
@@ -36,6 +36,7 @@ class Comparison:
         images: images in one part, for images a second; 0 if the work has none.
         parts: equal parts that one call of a variant has, if more than one: times are of one part.
         figures: further numbers of each variant, from what its first call returned.
+        rates: further numbers of each variant, from the median seconds of all.
     """
 
     group: str
@@ -46,6 +47,7 @@ class Comparison:
     images: int = 0
     parts: Mapping[str, int] = field(default_factory=dict)
     figures: Callable[[Mapping[str, Any]], Mapping[str, Mapping[str, float]]] | None = None
+    rates: Callable[[Mapping[str, float]], Mapping[str, Mapping[str, float]]] | None = None
 
     @property
     def key(self) -> str:
@@ -211,12 +213,16 @@ def compare(comparison: Comparison, device: str, limits: Limits) -> Measured:
                 turns[name].append((turn[0] / parts, turn[1] / parts))
             rounds += 1
             bar.update()
+    rates: Mapping[str, Mapping[str, float]] = {}
+    if comparison.rates is not None:
+        seconds = {name: [clock for clock, _ in found] for name, found in turns.items()}
+        rates = comparison.rates({name: statistics.median(each) for name, each in seconds.items()})
     rows = {
         name: Row(
             clock=[clock for clock, _ in found],
             processor=[processor for _, processor in found],
             memory=begun[name].memory,
-            figures=dict(figures.get(name, {})),
+            figures={**figures.get(name, {}), **rates.get(name, {})},
         )
         for name, found in turns.items()
     }

@@ -32,7 +32,7 @@ def measured_rows(measured: Measured) -> tuple[list[str], list[list[str]]]:
     figures = list(dict.fromkeys(name for row in measured.rows.values() for name in row.figures))
     head = ["variant", "ms", "clock", "quartiles", "processor", "quartiles", "peak MiB"]
     head += ["beyond results"] if measured.group in ("gain", "horizontal", "growth") else []
-    head += ["images/s"] if measured.images and measured.group in ("steps", "pipeline") else []
+    head += ["images/s"] if measured.images and measured.group == "steps" else []
     rows = []
     for name, row in measured.rows.items():
         cells = [name, _plain(row.milliseconds)]
@@ -49,27 +49,36 @@ def measured_rows(measured: Measured) -> tuple[list[str], list[list[str]]]:
 
 
 def target_rows(verdicts: Sequence[Verdict]) -> list[list[str]]:
-    """Cells of the table of targets; those that wait for a GPU share one row."""
+    """Cells of the table of targets; ratios that wait for a GPU share one row."""
     rows, waiting = [], 0
     for verdict in verdicts:
         target, ratio = verdict.target, verdict.ratio
         sign = "at least" if target.at_least else "at most"
-        cells = [f"{target.what} ({target.key.partition(': ')[2]})", f"{sign} {target.bound:.3g} x"]
+        bound = f"{sign} {target.bound:.3g} {target.unit}"
+        cells = [f"{target.what} ({target.key.partition(': ')[2]})", bound]
         if ratio is not None:
             others = (
                 "" if each is None else f"{_plain(each.median)} x"
                 for each in (verdict.processor, verdict.noise)
             )
-            said = "reached" if verdict.reached else "not reached"
-            rows.append([*cells, f"{_plain(ratio.median)} x", _quartiles(ratio), *others, said])
-        elif target.what.startswith("GPU"):
+            found = f"{_plain(ratio.median)} {target.unit}"
+            rows.append([*cells, found, _quartiles(ratio), *others, _said(verdict)])
+        elif not target.on_gpu:
+            rows.append([*cells, "", "", "", "", "not measured"])
+        elif target.unit == "x":
             waiting += 1
         else:
-            rows.append([*cells, "", "", "", "", "not measured"])
+            rows.append([*cells, "", "", "", "", "waits for a GPU"])
     if waiting:
         what = f"GPU: {waiting} ratios of TL-Align, horizontal and vertical steps in bf16"
         rows.append([what, "at most 1.03 x or 1.05 x", "", "", "", "", "waits for a GPU"])
     return rows
+
+
+def _said(verdict: Verdict) -> str:
+    if verdict.reached:
+        return "reached"
+    return "reached by processor time" if verdict.reached_by_processor else "not reached"
 
 
 def text_of(measured: Measured) -> str:

@@ -1,12 +1,13 @@
 """The input pipeline beside whole training steps, and both together: what limits a run?
 
 Batches are read, cropped, mirrored, augmented, normalised and erased exactly as by
-``vitmix train``, with the published augmentation of a recipe.
+``vitmix train``, with the published augmentation of a recipe. A product of two large matrices in
+the same precision says what the machine's matrix units give.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,8 @@ __all__ = ["comparisons", "pipeline_comparison"]
 
 # Batches of a turn. A loader works ahead: of the pipeline few batches alone would say nothing.
 _BATCHES = {"step": 1, "pipeline": 24, "end to end": 2}
+# Images of an epoch of CIFAR.
+_EPOCH = 50_000
 
 
 def comparisons(options: BenchOptions) -> Iterator[Job]:
@@ -42,6 +45,7 @@ def pipeline_comparison(options: BenchOptions) -> Comparison:
         "workers": options.workers,
         "precision": options.precision,
         "device": options.device,
+        "compile": options.compile,
     }
     if options.data == "fake":
         given["data"] = get_recipe(options.recipe).fake_data()
@@ -71,20 +75,39 @@ def pipeline_comparison(options: BenchOptions) -> Comparison:
     def all_of_it() -> Work:
         return partial(end_to_end, _step(data, config, options.device, mixed=True))
 
-    def figures(results: Any) -> dict[str, dict[str, float]]:
-        work = _operations(data, config, images)
-        return {"step": {"GFLOP/image": work / len(images) / 1e9}}
+    side = 8192 if options.device != "cpu" else 1024
+    factor = torch.randn(side, side, device=options.device)
+    if config.precision == "bf16":
+        factor = factor.bfloat16()
+    work = _operations(data, config, images)
+
+    def rates(seconds: Mapping[str, float]) -> dict[str, dict[str, float]]:
+        speeds = {"product": 2 * side**3 / seconds["product"]}
+        speeds |= {name: work / seconds[name] for name in ("step", "end to end")}
+        found = {}
+        for name in _BATCHES:
+            rate = len(images) / seconds[name]
+            found[name] = {"images/s": rate, "s/epoch": _EPOCH / rate}
+        for name, speed in speeds.items():
+            found.setdefault(name, {})["TFLOP/s"] = speed / 1e12
+            found[name]["of product"] = speed / speeds["product"]
+        return found
 
     return Comparison(
         "pipeline",
-        f"{config.recipe}, {config.model}, batch {config.batch_size}, {config.precision}, "
-        f"{config.workers} workers",
+        f"{config.recipe}, {config.model}, batch {config.batch_size}, {config.precision}"
+        + (", compiled" if options.compile else ""),
         "step",
-        {"step": plain, "pipeline": lambda: feed, "end to end": all_of_it},
+        {
+            "step": plain,
+            "pipeline": lambda: feed,
+            "end to end": all_of_it,
+            "product": lambda: partial(torch.mm, factor, factor),
+        },
         {"data": str(config.data), "train_images": len(data.train), **given},
         images=len(images),
         parts=_BATCHES,
-        figures=figures,
+        rates=rates,
     )
 
 
@@ -115,14 +138,16 @@ def _step(
     if mixed:
         mixing = build_mixing(model, config, num_classes=classes, img_size=data.img_size)
     trained = (model if mixing is None else mixing).to(device).train()
+    if config.compile:
+        trained.compile()
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-5)
 
     def step(images: Tensor, targets: Tensor) -> None:
         with torch.autocast(device, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
             if mixing is None:
-                loss = torch.nn.functional.cross_entropy(model(images), targets)
+                loss = torch.nn.functional.cross_entropy(trained(images), targets)
             else:
-                loss = mixing(images, targets).loss()
+                loss = trained(images, targets).loss()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()

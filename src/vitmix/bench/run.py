@@ -93,7 +93,9 @@ def bench(
                     "bound": each.target.bound,
                     "at_least": each.target.at_least,
                     "ratio": None if each.ratio is None else each.ratio._asdict(),
+                    "processor": None if each.processor is None else each.processor._asdict(),
                     "reached": each.reached,
+                    "reached_by_processor": each.reached_by_processor,
                 }
                 for each in verdicts
             ],
