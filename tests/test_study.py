@@ -59,6 +59,7 @@ def test_every_cell_of_the_study_for_gpus_trains(tmp_path: Path) -> None:
     """Two steps of each on the CPU, with few images."""
     command = ["study", "cifar100-gpu", "--data", "fake:100x32x8", "--max-steps", "2"]
     small = ["--batch-size", "4", "--precision", "fp32"]
+    small += ["--model-kwargs", "{num_layers: 5, embed_dim: 64, mlp_ratio: 1}"]
     assert main([*command, *small, "--workers", "0", "--out", str(tmp_path)]) == 0
     runs = [json.loads(path.read_text()) for path in tmp_path.glob("*/results.json")]
     assert {run["steps"] for run in runs} == {2}
@@ -118,6 +119,8 @@ def test_measures_of_every_run(
     text = (out / "study.md").read_text()
     assert "calibration error %" in text
     assert "half dropped, salient %" in text
+    pictures = {path.name for path in out.glob("*.png")}
+    assert pictures == {"study-calibration.png", "study-occlusion.png"}
     assert main([*command, "calibration", "--limit", "2"]) == 0
     assert "measure " not in capsys.readouterr().out
     row = json.loads((out / "study.json").read_text())["cells"][1]

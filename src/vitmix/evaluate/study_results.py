@@ -120,12 +120,9 @@ def _plain(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lines(run: dict[str, Any]) -> str:
-    """JSON with one line a figure, setting or measure."""
-    parts = []
-    for key, value in run.items():
-        text = json.dumps(value)
-        if key in ("config", "measures") and value:
-            inner = (f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
-            text = "{\n" + ",\n".join(inner) + "\n  }"
-        parts.append(f"  {json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
+    """JSON with one line a figure and one a measure."""
+    measures = (f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in run["measures"].items())
+    texts = {key: json.dumps(value) for key, value in run.items()}
+    if run["measures"]:
+        texts["measures"] = "{\n" + ",\n".join(measures) + "\n  }"
+    return "{\n" + ",\n".join(f"  {json.dumps(k)}: {text}" for k, text in texts.items()) + "\n}\n"

@@ -26,6 +26,7 @@ from vitmix.evaluate.checkpoint import evaluate_checkpoint
 from vitmix.evaluate.measured import MEASURES, chosen_measures
 from vitmix.evaluate.study_results import Runs, find_run, find_runs_of, measures_in
 from vitmix.evaluate.study_tables import write_tables
+from vitmix.plots.study import save_study_figures
 from vitmix.train.checkpoint import LAST
 from vitmix.train.data import load_data
 from vitmix.train.folder import MARKER
@@ -229,7 +230,7 @@ def _train_in_process(task: _Task) -> None:
 def measure_runs(
     study: Study, results: Runs, out: Path, store: Path | None, names: str, limit: int | None
 ) -> Runs:
-    """Take measures of every run that has none yet; write the tables again.
+    """Take measures of every run that has none yet; write the tables again, and their figures.
 
     Args:
         study: the study.
@@ -271,4 +272,6 @@ def measure_runs(
         assert run is not None
         results[cell.name][seed] = run
     write_tables(study, results, max(map(len, results.values())), out)
+    measured = {cell: [run["measures"] for run in runs.values()] for cell, runs in results.items()}
+    save_study_figures(measured, out, "study")
     return results
