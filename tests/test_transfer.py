@@ -16,15 +16,15 @@ from torch import nn
 from test_resume import assert_same_run, stop_after
 from vitmix.cli import main
 from vitmix.errors import InputError
+from vitmix.evaluate.study import read_study
 from vitmix.models import create_model
 from vitmix.train.checkpoint import load_trained, read_checkpoint
 from vitmix.train.config import TrainConfig
 from vitmix.train.optimiser import parameter_groups
 from vitmix.train.provenance import fingerprint
-from vitmix.train.recipes import settings_under
 from vitmix.train.run import Interrupted, train_run
 from vitmix.train.stages import build_mixing
-from vitmix.train.transfer import Start, freeze_backbone, load_start, read_start
+from vitmix.train.transfer import Start, freeze_backbone, load_start, read_start, with_model
 from vitmix.weights import backbone_of
 
 VIT = {"embed_dim": 24, "depth": 3, "num_heads": 2, "patch_size": 8}
@@ -193,17 +193,24 @@ def test_weights_of_the_model_of_another_program(tmp_path: Path) -> None:
 
 
 def test_the_model_is_that_of_the_weights(cct: Path, vit: Path, tmp_path: Path) -> None:
-    assert settings_under({"init": str(cct)}) == {"model": "cct_2_3x2_32", "model_kwargs": None}
+    start = {"init": str(vit)}
     known = {"model": "vit_tiny_patch16_224", "model_kwargs": VIT}
-    assert settings_under({"init": str(vit)}) == known
-    assert settings_under({"init": str(vit), "model": known["model"]}) == known
-    assert settings_under({"init": str(vit), "model": "cct_2_3x2_32"}) == {}
-    assert settings_under({"init": str(vit), "model_kwargs": {}})["model"] == known["model"]
-    recipe = settings_under({"init": str(vit), "recipe": "deit-small-tl-align"})
-    assert recipe["model"] == "deit_small_patch16_224"
+    assert with_model({"lr": 1.0}) == {"lr": 1.0}
+    assert with_model({"init": str(cct)}) == {
+        "init": str(cct), "model": "cct_2_3x2_32", "model_kwargs": None,
+    }  # fmt: skip
+    assert with_model(start) == start | known
+    assert with_model(start | {"model": known["model"]}) == start | known
+    for chosen in ({"model": "cct_2_3x2_32"}, known | {"model_kwargs": {"depth": 2}}):
+        assert with_model(start | chosen) == start | chosen
+    assert with_model(start | {"model_kwargs": {}}) == start | known | {"model_kwargs": {}}
+    file = tmp_path / "study.yaml"
+    file.write_text(f"settings: {{init: {vit}, data: digits}}\ncells: {{a: {{}}, b: {{lr: 0.1}}}}")
+    cells = read_study(str(file)).cells
+    assert [cell.config.model_kwargs for cell in cells] == [VIT, VIT]
     torch.save({"weight": torch.zeros(1)}, tmp_path / "bare.pt")
     with pytest.raises(InputError, match="expected --model beside --init"):
-        settings_under({"init": str(tmp_path / "bare.pt")})
+        with_model({"init": str(tmp_path / "bare.pt")})
 
 
 BAD = [
@@ -293,7 +300,7 @@ def test_a_probe_leaves_the_backbone_as_it_is(
             batch_size=8, train_limit=None, max_steps=1,
         )  # fmt: skip
         start = train_run(config, verbose=False).folder
-        changes = {"img_size": 64, "data": "fake:4x64x16", "batch_size": 8, "train_limit": None}
+        changes = {"img_size": 64, "data": "fake:4x64x16", "batch_size": 8, "epochs": 2}
     else:
         start, changes = request.getfixturevalue(model), {"method": "tl-align"}
     trained = load_trained(start)

@@ -125,6 +125,10 @@ def _settings(options: dict[str, Any]) -> TrainConfig:
     from vitmix.train.config import TrainConfig
     from vitmix.train.recipes import get_recipe
 
+    if options.get("init") is not None:
+        from vitmix.train.transfer import with_model
+
+        options = with_model(options)
     config = TrainConfig.from_dict(options)
     if config.recipe is not None and config.data == "fake":
         config.data = get_recipe(config.recipe).fake_data()

@@ -129,7 +129,12 @@ def _cell(name: str, settings: dict[str, Any]) -> Cell:
                 f"expected settings of vitmix train in cell {name!r}, got {key!r}"
                 f"{suggest(str(key), known)}"
             )
-    config = TrainConfig.from_dict(settings_under(settings) | settings)
+    chosen = settings_under(settings) | settings
+    if chosen.get("init") is not None:
+        from vitmix.train.transfer import with_model
+
+        chosen = with_model(chosen)
+    config = TrainConfig.from_dict(chosen)
     config.validate()
     method_of(config)
     return Cell(str(name), config)

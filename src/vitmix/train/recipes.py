@@ -214,8 +214,6 @@ def find_recipes(pattern: str | None) -> list[Recipe]:
 def settings_under(given: Mapping[str, Any], *, whole_method: bool = False) -> dict[str, Any]:
     """What the recipe in ``given`` sets, to be overridden by everything else in ``given``.
 
-    Where neither of them names a model, it is that of the weights in ``init``.
-
     Another method replaces the recipe's as a whole; so do other choices that go with what the
     recipe sets beside them.
 
@@ -224,18 +222,8 @@ def settings_under(given: Mapping[str, Any], *, whole_method: bool = False) -> d
         whole_method: leave the recipe's method out whatever the user chose.
 
     Raises:
-        InputError: there is no such recipe, or no model is named.
+        InputError: there is no such recipe.
     """
-    below = _recipe_settings(given, whole_method)
-    chosen = below | dict(given)
-    if chosen.get("init") is not None and not {"model", "model_kwargs"} <= chosen.keys():
-        from vitmix.train.transfer import model_settings
-
-        below = model_settings(chosen["init"], chosen.get("model")) | below
-    return below
-
-
-def _recipe_settings(given: Mapping[str, Any], whole_method: bool) -> dict[str, Any]:
     if given.get("recipe") is None:
         return {}
     recipe = get_recipe(given["recipe"])

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from vitmix.train.config import TrainConfig
 
-__all__ = ["Start", "freeze_backbone", "load_start", "model_settings", "normalised", "read_start"]
+__all__ = ["Start", "freeze_backbone", "load_start", "normalised", "read_start", "with_model"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,11 @@ def read_start(path: str | Path) -> Start:
         InputError: none of these.
     """
     path = Path(path).expanduser()
+    if not path.exists():
+        raise InputError(
+            f"expected --init to be a run folder, a checkpoint or a file of weights, there is no "
+            f"{path}"
+        )
     if path.is_dir() or path.suffix == ".ckpt":
         found = newest_checkpoint(path) if path.is_dir() else None
         if found is None:
@@ -74,26 +79,29 @@ def read_start(path: str | Path) -> Start:
     return Start(path, state, origin)
 
 
-def model_settings(path: str, model: str | None) -> dict[str, Any]:
-    """The settings ``model`` and ``model_kwargs`` that weights belong to.
+def with_model(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the ``model`` and ``model_kwargs`` of the weights to start from.
+
+    They are added where nobody chose others; the arguments only to the model that they belong to.
 
     Args:
-        path: as for :func:`read_start`.
-        model: the model that the user wants; by default that of the weights.
+        settings: those that were chosen, and no others.
 
     Raises:
-        InputError: neither the user nor the file names a model.
+        InputError: weights are given, but neither they nor the settings name a model.
     """
-    origin = read_start(path).origin
-    known = origin.get("model")
-    if known is None and model is None:
+    if settings.get("init") is None or {"model", "model_kwargs"} <= settings.keys():
+        return dict(settings)
+    origin = read_start(settings["init"]).origin
+    known, chosen = origin.get("model"), settings.get("model")
+    if known is None and chosen is None:
         raise InputError(
-            f"expected --model beside --init {path}, which holds weights but not the name of "
-            "their model"
+            f"expected --model beside --init {settings['init']}, which holds weights but not the "
+            "name of their model"
         )
-    if known is None or model not in (None, known):
-        return {}
-    return {"model": known, "model_kwargs": origin["model_kwargs"]}
+    if known is None or chosen not in (None, known):
+        return dict(settings)
+    return {"model": known, "model_kwargs": origin["model_kwargs"], **settings}
 
 
 def normalised(data: ImageData, config: TrainConfig, origin: Mapping[str, Any]) -> ImageData:
