@@ -103,7 +103,8 @@ def make_page(sections: list[Section]) -> str:
         first, *others = as_tables(
             section.study, summaries_of(section.study, section.results), len(section.seeds)
         )
-        parts += [*(_mask_table(section) or _findings(section)), first]
+        of_masks = "released mask" in section.results
+        parts += [*(_mask_table(section) if of_masks else _findings(section)), first]
         if others:
             parts += [_measured_on(section), *others]
             parts += [
@@ -205,13 +206,14 @@ def _mask_table(section: Section) -> list[str]:
         released = section.results[cell]
         paper = section.results[cell.replace("released mask", "horizontal")]
         seeds = sorted(released.keys() & paper.keys())
-        for key, what, digits in (("top1", "top-1 %", 2), ("loss", "test loss", 3)):
-            row = [f"{cell}, {what}", str(len(seeds))]
-            if seeds:
-                found = paired(*([runs[s][key] for s in seeds] for runs in (released, paper)))
-                each = (f"{released[s][key] - paper[s][key]:+.{digits}f}" for s in seeds)
-                row += [f"{found['mean']:+.{digits}f}", *_spread_of(found, digits), ", ".join(each)]
-            rows.append(row + [""] * (6 - len(row)))
+        for key, what, digits in (
+            (("top1", "top-1 %", 2), ("loss", "test loss", 3)) if seeds else ()
+        ):
+            found = paired(*([runs[s][key] for s in seeds] for runs in (released, paper)))
+            each = (f"{released[s][key] - paper[s][key]:+.{digits}f}" for s in seeds)
+            name = f"{cell}, {what}"
+            mean = f"{found['mean']:+.{digits}f}"
+            rows.append([name, str(len(seeds)), mean, *_spread_of(found, digits), ", ".join(each)])
     head = ["released minus paper's mask", "seeds", "mean", "sd", "95% interval, p", "each seed"]
     return [as_markdown(head, rows)] if rows else []
 
