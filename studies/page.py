@@ -36,7 +36,7 @@ COMMANDS_OF_STUDIES = (
     "vitmix study cifar10-few --data path/to/cifar10-5k --results results/cifar10-few",
     "vitmix study studies/mask-cifar10-few.yaml --data path/to/cifar10-5k "
     "--out runs/cifar10-few --results results/cifar10-few",
-    "vitmix study cifar100-gpu --data path/to/cifar100 --jobs 4 --results results/cifar100-gpu",
+    "vitmix study cifar100-gpu --data path/to/cifar100 --jobs 7 --results results/cifar100-gpu",
 )
 IN_WORDS = {
     "occlusion": "Top-1 against the share of dropped patches, a line a cell",

@@ -193,17 +193,20 @@ def test_runs_side_by_side_give_the_same_figures(study: str, tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals as in POSIX")
-def test_ctrl_c_stops_all_runs_and_leaves_their_checkpoints(study: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_what_stops_a_study_stops_its_processes_at_a_checkpoint(
+    study: str, tmp_path: Path, sent: signal.Signals
+) -> None:
     path = Path(study)
     path.write_text(STUDY.replace("epochs: 1", "epochs: 900"))
     command = [sys.executable, "-m", "vitmix.cli", "study", study, "--out", str(tmp_path / "runs")]
-    command += ["--jobs", "2", "--seeds", "1", "--cells", "none,aligned"]
+    command += ["--jobs", "2", "--seeds", "1", "--cells", "none"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         assert process.stdout is not None
         assert any("epoch   1/900" in line for line in process.stdout)
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, sent)
         _, complaint = process.communicate(timeout=120)
     assert process.returncode == 130
     assert complaint == "vitmix: interrupted; the same command goes on\n"

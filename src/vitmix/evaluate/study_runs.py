@@ -170,6 +170,7 @@ def _side_by_side(tasks: Sequence[_Task], jobs: int, finished: Callable[[_Task],
     """Train in processes; a run whose teacher is yet to be trained waits for it."""
     waiting = list(tasks)
     running: dict[Future[None], _Task] = {}
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # what schedulers send
     with ProcessPoolExecutor(jobs, get_context("spawn"), _begin_process, (jobs,)) as pool:
         try:
             while waiting or running:
@@ -192,6 +193,8 @@ def _side_by_side(tasks: Sequence[_Task], jobs: int, finished: Callable[[_Task],
                 "a process that trained was killed, for want of memory perhaps; the same command "
                 "goes on, with fewer --jobs if need be"
             ) from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _begin_process(jobs: int) -> None:
