@@ -179,8 +179,15 @@ def test_weights_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
     assert all(torch.equal(value, made[key]) for key, value in model.state_dict().items())
 
 
-def test_weights_of_the_model_of_another_program(tmp_path: Path) -> None:
-    """Names of DeiT's own release (timm's filter knows them), wrapped as training scripts do."""
+def test_sizes_that_timm_does_not_resample() -> None:
+    old = create_model("cait_xxs24_224", num_classes=3, img_size=32, depth=1)
+    model = create_model("cait_xxs24_224", num_classes=3, img_size=64, depth=1)
+    origin = {"model": "cait_xxs24_224", "img_size": 32}
+    with pytest.raises(InputError, match=r"32 pixels with pos_embed 1x4x192 for 1x16x192; give"):
+        load_start(model, Start(Path("w.pt"), old.state_dict(), origin), "abc")
+
+
+def test_weights_as_training_programs_wrap_them(tmp_path: Path) -> None:
     old = create_model("vit_tiny_patch16_224", num_classes=3, img_size=16, **VIT)
     state = {f"module.{key}": value for key, value in old.state_dict().items()}
     torch.save({"state_dict": state, "epoch": 3}, tmp_path / "checkpoint.pth.tar")
@@ -216,7 +223,10 @@ def test_the_model_is_that_of_the_weights(cct: Path, vit: Path, tmp_path: Path) 
 BAD = [
     (["--init", "nowhere"], "there is no nowhere"),
     (["--init", "{run}", "--pretrained"], "either --init or --pretrained"),
-    (["--init", "{run}", "--model", "cct_4_3x2_32"], "weights of cct_2_3x2_32 without classifier"),
+    (
+        ["--init", "{run}", "--model", "cct_4_3x2_32"],
+        "weights of cct_2_3x2_32 for 16 pixels without classifier",
+    ),
     (["--linear-probe"], "--init or --pretrained, with --linear-probe"),
     (["--init", "{run}", "--linear-probe", "--layer-decay", "0.7"], "no --layer-decay with"),
     (["--init", "{run}", "--linear-probe", "--method", "tokenmixup"], "without token stages"),

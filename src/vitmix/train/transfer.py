@@ -201,12 +201,13 @@ def _require_fit(
         if names
     ]
     if faults:
-        known = start.origin.get("model")
+        known = ""
+        if start.origin:
+            known = f"of {start.origin['model']} for {start.origin['img_size']} pixels "
         raise InputError(
             f"expected weights that fit the model in {start.path}, got weights "
-            f"{'' if known is None else f'of {known} '}{' and '.join(faults)}; "
-            "leave --model and --model-kwargs out where the weights name theirs, or give those "
-            "that they were made with"
+            f"{known}{' and '.join(faults)}; give the --model, --model-kwargs and --img-size that "
+            "they were made with"
         )
 
 
