@@ -19,9 +19,10 @@ __all__ = [
     "query_key_saliency",
 ]
 
-# Elements of attention held at once by the column mean: a megabyte of float32, which stays in the
-# processor's cache, or 16 where each call has to be worth its while.
-_HELD_BY_CACHE, _HELD_BY_DEVICE = 1 << 18, 1 << 22
+# Elements of attention held at once by the column mean: 4 megabytes of float32, which stay in the
+# processor's cache and seldom let threads wait for each other, or 16 where each call has to be
+# worth its while.
+_HELD_BY_CACHE, _HELD_BY_DEVICE = 1 << 20, 1 << 22
 
 
 def attention_saliency(
