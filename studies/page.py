@@ -94,7 +94,7 @@ def read_section(command: str) -> Section:
 
 def make_page(sections: list[Section]) -> str:
     """The part of the page below the mark."""
-    parts = [MARK, NOTE]
+    parts = [MARK, f"{NOTE} The sentences above the tables say what holds after Holm's."]
     for section in sections:
         parts += [f"## {section.study.title}", f"```sh\n{_folded(section.command)}\n```"]
         parts.append(_origin(section))
@@ -174,14 +174,14 @@ def _findings(section: Section) -> list[str]:
         words = []
         for what, sign in (("above", 1), ("below", -1)):
             cells = [
-                f"{cell}{'' if cell in kept else ' (not after correction)'}"
+                f"`{cell}`{'' if cell in kept else ' (not after correction)'}"
                 for cell, each in found.items()
                 if each["p"] < LEVEL and sign * each["mean"] > 0
             ]
             words.append(f"{what}: {', '.join(cells) or 'no row'}")
-        rest = [cell for cell, each in found.items() if each["p"] >= LEVEL]
+        rest = [f"`{cell}`" for cell, each in found.items() if each["p"] >= LEVEL]
         lines.append(
-            f"- Against {other}, at p < {LEVEL} (Holm's correction over {len(found)} rows): "
+            f"- Against `{other}`, at p < {LEVEL} (Holm's correction over {len(found)} rows): "
             f"{'; '.join(words)}; no significant difference: {', '.join(rest) or 'no row'}."
         )
     return ["\n".join(lines)] if lines else []
