@@ -166,6 +166,9 @@ def test_stored_results_of_other_settings_are_refused(
     assert main([*command, "--out", str(tmp_path / "first")]) == 0
     (path,) = store.iterdir()
     content = json.loads(path.read_text())
+    content["config"]["data"] = "/elsewhere/fake:3x32x16"  # the same data in another place
+    path.write_text(json.dumps(content))
+    assert main([*command, "--out", str(tmp_path / "second")]) == 0
     content["config"]["smoothing"] = 0.3
     path.write_text(json.dumps(content))
     capsys.readouterr()

@@ -101,7 +101,7 @@ def _check_settings(cell: Cell, run: dict[str, Any], where: Path | None, name: s
     """Refuse a run whose settings are others, as after a default has changed."""
     before = TrainConfig.from_dict(run["config"]).to_dict()  # settings since then: their defaults
     for key, value in cell.config.to_dict().items():
-        if key not in OF_ONE_RUN and before[key] != value:
+        if key not in OF_ONE_RUN | {"data"} and before[key] != value:  # the name has data's
             raise InputError(
                 f"expected the settings of cell {cell.name!r} in {where}, the run {name} was made "
                 f"with {key} {before[key]!r} instead of {value!r}; set {key} in the study, or "
