@@ -28,7 +28,7 @@ from vitmix.evaluate.study_results import Runs, find_run, find_runs_of, measures
 from vitmix.evaluate.study_tables import write_tables
 from vitmix.plots.study import save_study_figures
 from vitmix.train.checkpoint import LAST
-from vitmix.train.data import load_data
+from vitmix.train.data import load_data, pretrained_statistics
 from vitmix.train.folder import MARKER
 from vitmix.train.methods import method_of
 from vitmix.train.resume import finished_results
@@ -154,9 +154,9 @@ def _data(config: TrainConfig) -> ImageData:
     """The data set, read once for runs that read it in the same way."""
     names = (
         "data", "label_column", "test_split", "test_share", "val_share", "train_limit", "img_size",
-        "crop_pct", "interpolation", "mean", "std", "teacher_maps",
+        "crop_pct", "interpolation", "mean", "std", "teacher_maps", "skip_corrupt",
     )  # fmt: skip
-    key = tuple(repr(getattr(config, name)) for name in names)
+    key = (*(repr(getattr(config, name)) for name in names), repr(pretrained_statistics(config)))
     if key not in _in_memory:
         _in_memory.clear()
         _in_memory[key] = load_data(config)
