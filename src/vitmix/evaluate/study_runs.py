@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import TextIOWrapper
 from multiprocessing import active_children, get_context, parent_process
@@ -178,7 +179,8 @@ def _side_by_side(tasks: Sequence[_Task], jobs: int, finished: Callable[[_Task],
                 ready = [task for task in waiting if task.teacher not in unfinished]
                 for task in ready[: jobs - len(running)]:
                     waiting.remove(task)
-                    running[pool.submit(_train_in_process, task)] = task
+                    with _without_interrupts():  # a process may start here
+                        running[pool.submit(_train_in_process, task)] = task
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     task = running.pop(future)
@@ -197,10 +199,21 @@ def _side_by_side(tasks: Sequence[_Task], jobs: int, finished: Callable[[_Task],
             signal.signal(signal.SIGTERM, before)
 
 
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Hold Ctrl-C back, also from processes that start, until they say what to do with it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin_process(jobs: int) -> None:
     """Share the processor's cores, leave signals to the parent, print no bars, end with it."""
     os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
     sys.stderr = _PlainStream(sys.stderr.buffer, line_buffering=True)

@@ -113,8 +113,8 @@ class Checkpoints(Callback):
         if trainer.is_global_zero:
             self._put_in_place(newest, best=best)
         self._saved_at = time.perf_counter()
-        self.stop = trainer.strategy.reduce_boolean_decision(self.stop, all=False)
-        if self.stop:
+        # Not assigned to `stop`, which a signal may set in the meantime.
+        if trainer.strategy.reduce_boolean_decision(self.stop, all=False):
             raise KeyboardInterrupt
 
     def _put_in_place(self, newest: Path, *, best: bool) -> None:
