@@ -21,6 +21,7 @@ from vitmix.evaluate.runs import OF_ONE_RUN
 from vitmix.train.config import TrainConfig, suggest
 from vitmix.train.methods import method_of
 from vitmix.train.recipes import settings_under
+from vitmix.train.transfer import with_model
 
 __all__ = ["Cell", "Study", "read_study", "studies"]
 
@@ -129,12 +130,7 @@ def _cell(name: str, settings: dict[str, Any]) -> Cell:
                 f"expected settings of vitmix train in cell {name!r}, got {key!r}"
                 f"{suggest(str(key), known)}"
             )
-    chosen = settings_under(settings) | settings
-    if chosen.get("init") is not None:
-        from vitmix.train.transfer import with_model
-
-        chosen = with_model(chosen)
-    config = TrainConfig.from_dict(chosen)
+    config = TrainConfig.from_dict(with_model(settings_under(settings) | settings))
     config.validate()
     method_of(config)
     return Cell(str(name), config)

@@ -100,9 +100,11 @@ class Checkpoints(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save, and copy if it is the best so far."""
         task: MixingTask = pl_module  # type: ignore[assignment]
-        better = task.tested is not None and task.tested["val/top1"] > self.best_top1
-        if task.tested is not None and better:
-            self.best_top1, self.best_epoch = task.tested["val/top1"], trainer.current_epoch + 1
+        tested = task.tested
+        better = False
+        if tested is not None and tested["val/top1"] > self.best_top1:
+            better = True
+            self.best_top1, self.best_epoch = tested["val/top1"], trainer.current_epoch + 1
         self._save(trainer, best=better)
 
     def _save(self, trainer: pl.Trainer, *, best: bool = False) -> None:
