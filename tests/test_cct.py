@@ -251,6 +251,13 @@ def test_create_model_knows_both_lists():
     assert resnet.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 4)
 
 
+def test_create_model_takes_the_size_that_a_model_is_registered_for():
+    pytest.importorskip("timm")
+    assert create_model("cct_2_3x2_32", num_classes=3)(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+    vit = create_model("vit_tiny_patch16_384", num_classes=3, depth=1, embed_dim=48)
+    assert vit.patch_embed.img_size == (384, 384)
+
+
 def test_create_model_names_the_nearest():
     pytest.importorskip("timm")
     with pytest.raises(InputError, match=r"'cct_7_3x1'.*'cct_7_3x1_32'"):

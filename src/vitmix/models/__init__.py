@@ -19,7 +19,7 @@ _HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
 def create_model(
-    name: str, num_classes: int, img_size: int | tuple[int, int] = 224, **kwargs: Any
+    name: str, num_classes: int, img_size: int | tuple[int, int] | None = None, **kwargs: Any
 ) -> nn.Module:
     """Build a model by name.
 
@@ -27,8 +27,9 @@ def create_model(
         name: A compact convolutional transformer (see `cct_names`), else any name that
             `timm.create_model` knows. timm is imported only in the second case.
         num_classes: Number of classes of the head.
-        img_size: Side of the input in pixels, or `(height, width)`. timm models that take an input
-            size get it; the others (convolutional networks) take any size as they are.
+        img_size: Side of the input in pixels, or `(height, width)`; by default the one that the
+            model is registered for (`input_side`). timm models that take an input size get it; the
+            others (convolutional networks) take any size as they are.
         **kwargs: Passed on to the model.
 
     Raises:
@@ -37,11 +38,12 @@ def create_model(
 
     Example:
         >>> from vitmix.models import create_model
-        >>> model = create_model("cct_2_3x2_32", num_classes=10, img_size=32)
+        >>> model = create_model("cct_2_3x2_32", num_classes=10)
         >>> model.grid_size(32)
         (8, 8)
     """
     if name in cct_names():
+        img_size = input_side(name) if img_size is None else img_size
         return _cct(name, num_classes=num_classes, img_size=img_size, **kwargs)
     try:
         import timm
@@ -52,6 +54,7 @@ def create_model(
         ) from error
     if not (name.startswith(_HUB_PREFIXES) or timm.is_model(name)):
         raise InputError(_unknown_name(name, [*cct_names(), *timm.list_models()]))
+    img_size = input_side(name) if img_size is None else img_size
     model = _create_timm(name, num_classes, img_size, kwargs)
     _check_patches(name, model, img_size)
     return model
