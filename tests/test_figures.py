@@ -25,7 +25,7 @@ from vitmix.cli import main
 from vitmix.functional import Mixture, sharpness, top_share
 from vitmix.gradient import gradient_saliency
 from vitmix.labels import LabelEvidence
-from vitmix.mixing import StepRecord
+from vitmix.step import StepRecord
 from vitmix.train.config import TrainConfig
 from vitmix.train.run import train_run
 

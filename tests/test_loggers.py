@@ -18,8 +18,8 @@ import torch
 import vitmix
 from vitmix.cli import main
 from vitmix.functional import HorizontalPlan
-from vitmix.mixing import MixTrace
 from vitmix.plots.examples import telling_examples
+from vitmix.step import MixTrace
 from vitmix.train.config import TrainConfig
 from vitmix.train.data import load_data
 from vitmix.train.loggers import make_loggers

@@ -18,7 +18,7 @@ from models import NUM_CLASSES, batch, make_cct, make_vit
 from vitmix.cli import main
 from vitmix.plots.examples import examples_figure
 from vitmix.plots.style import DARK, LIGHT, pixels_of_figure, themed
-from vitmix.preview import choose_rows
+from vitmix.samples import choose_rows
 
 pytest.importorskip("timm")
 

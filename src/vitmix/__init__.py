@@ -18,8 +18,9 @@ from vitmix.labels import (
     TokenAlignedLabels,
 )
 from vitmix.maps import TeacherMaps, store_maps
-from vitmix.mixing import MixingModel, MixOutput, MixTrace
+from vitmix.mixing import MixingModel
 from vitmix.pixels import CutMix, Mixup, OneOf, PixelMix, PixelPlan, TokenMix
+from vitmix.step import MixOutput, MixTrace
 from vitmix.teacher import ActivationMaps
 from vitmix.tokens import (
     HorizontalTokenMixup,

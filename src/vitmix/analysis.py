@@ -12,8 +12,9 @@ from vitmix.errors import UnsupportedModelError
 from vitmix.functional.grids import coarsen
 from vitmix.functional.mixture import Mixture
 from vitmix.functional.sharpness import sharpness, top_share
-from vitmix.mixing import MixingModel, StepRecord
+from vitmix.mixing import MixingModel
 from vitmix.preview import looking
+from vitmix.step import StepRecord
 from vitmix.tokens import HorizontalTokenMixup
 
 __all__ = [

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +16,16 @@ from vitmix.compilation import inlined, interpreted, passed_over, uncompiled
 from vitmix.errors import InputError, UnsupportedModelError
 from vitmix.flow import Flow
 from vitmix.functional.grids import Grid
-from vitmix.functional.horizontal import HorizontalPlan
 from vitmix.functional.mixture import Mixture
-from vitmix.functional.pixel_plan import PixelPlan
-from vitmix.functional.targets import smooth_targets, soft_cross_entropy
+from vitmix.functional.targets import smooth_targets
 from vitmix.gradient import gradient_saliency, logits_of
 from vitmix.labels import AreaLabels, LabelEvidence, LabelRule
 from vitmix.pixels import PixelMix
 from vitmix.processes import gather, process_rank, require_equal_batches, world_size
 from vitmix.relay import Relay
 from vitmix.replay import Replay
+from vitmix.step import MixOutput, MixTrace, StepRecord, stats_of, trace_of
 from vitmix.tokens import (
-    BlendPlan,
     Given,
     HorizontalTokenMixup,
     TokenMixer,
@@ -39,90 +37,7 @@ from vitmix.weights import write_weights
 if TYPE_CHECKING:
     from vitmix.preview import Preview
 
-__all__ = ["MixOutput", "MixTrace", "MixingModel", "StepRecord"]
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What is kept of a step only on request: ``mixing(images, targets, record=True)``.
-
-    Attributes:
-        evidence: what label rules may look at, as far as the model supports it: attention of the
-            last block (or the one that the rule in use asks for) and pooled shares, too.
-        mixture: sources and shares behind the last block, as followed by TL-Align.
-        history: token grid and mixture at the input, then behind every block.
-    """
-
-    evidence: LabelEvidence
-    mixture: Mixture
-    history: tuple[tuple[Grid, Mixture], ...]
-
-
-@dataclass(frozen=True)
-class MixTrace:
-    """What was mixed in a step, for pictures and analysis.
-
-    Attributes:
-        images: ``(B, C, H, W)`` as fed to the model.
-        pixels: plan of the pixel stage, or None.
-        sources: ``(B, K)`` int64, samples of the batch in each target; None in evaluation. With
-            ``gather=True`` they count over the batches of all processes, and so do partners in
-            ``horizontal``.
-        weights: ``(B, K)`` weight of each source's label by the label rule, or None.
-        weights_cover_tokens: whether that is all of the target, as for rules that follow shares;
-            else token stages mix the targets afterwards.
-        horizontal: plan of each horizontal stage, by block.
-        blended: plan of each manifold stage, by block.
-        saliency: ``(B, N)`` that the plan of each horizontal stage was made by, by block.
-        difficulty: ``(B,)`` ScoreNet's cross-entropy in nats, likewise.
-        selected: for each block of vertical mixing, by the block that tokens come from, which of
-            the N image tokens were selected, ``(B, kappa)`` int64, most salient first.
-        record: more, on request.
-    """
-
-    images: Tensor
-    pixels: PixelPlan | None = None
-    sources: Tensor | None = None
-    weights: Tensor | None = None
-    weights_cover_tokens: bool = False
-    horizontal: dict[int, HorizontalPlan] = field(default_factory=dict)
-    blended: dict[int, BlendPlan] = field(default_factory=dict)
-    saliency: dict[int, Tensor] = field(default_factory=dict)
-    difficulty: dict[int, Tensor] = field(default_factory=dict)
-    selected: dict[int, dict[int, Tensor]] = field(default_factory=dict)
-    record: StepRecord | None = None
-
-
-@dataclass(frozen=True)
-class MixOutput:
-    """Result of a step.
-
-    Attributes:
-        logits: ``(B, C)``; a pair for a distilled model in distilled training.
-        targets: ``(B, C)`` float32, rows sum to 1.
-        aux_loss: scalar, ScoreNet's weighted loss; 0 without horizontal mixing.
-        stats: scalars without gradient, for logging.
-        trace: what was mixed.
-        output: what the model returned: the logits themselves, or an object that holds them.
-    """
-
-    logits: Any
-    targets: Tensor
-    aux_loss: Tensor
-    stats: dict[str, Tensor]
-    trace: MixTrace
-    output: Any = None
-
-    def loss(self, criterion: Callable[[Tensor, Tensor], Tensor] = soft_cross_entropy) -> Tensor:
-        """Loss of the logits plus ``aux_loss``; the mean over a distilled model's heads.
-
-        Args:
-            criterion: function of logits and targets ``(B, C)``; soft-target cross-entropy by
-                default.
-        """
-        heads = self.logits if isinstance(self.logits, tuple) else (self.logits,)
-        losses = [criterion(logits, self.targets) for logits in heads]
-        return torch.stack(losses).mean() + self.aux_loss
+__all__ = ["MixingModel"]
 
 
 @dataclass(frozen=True)
@@ -180,7 +95,7 @@ class MixingModel(nn.Module):
     Example:
         >>> import vitmix
         >>> from vitmix.models import create_model
-        >>> model = create_model("cct_2_3x2_32", num_classes=10, img_size=32)
+        >>> model = create_model("cct_2_3x2_32", num_classes=10)
         >>> mixing = vitmix.MixingModel(
         ...     model,
         ...     mix=vitmix.CutMix(),
@@ -340,7 +255,7 @@ class MixingModel(nn.Module):
 
         Example:
             >>> import vitmix
-            >>> model = vitmix.models.create_model("cct_2_3x2_32", num_classes=10, img_size=32)
+            >>> model = vitmix.models.create_model("cct_2_3x2_32", num_classes=10)
             >>> mixing = vitmix.MixingModel(model, mix=vitmix.CutMix(), num_classes=10)
             >>> shown = mixing.preview(torch.rand(4, 3, 32, 32), torch.arange(4), samples=2)
             >>> shown.samples[0].mixed.shape
@@ -487,7 +402,7 @@ class MixingModel(nn.Module):
             for _, _, outcome in flow.outcomes:
                 targets = outcome.mix_targets(targets)
         trace = replace(
-            _trace(step.images, evidence.pixels, flow),
+            trace_of(step.images, evidence.pixels, flow),
             sources=evidence.mixture.sources,
             weights=weights,
             weights_cover_tokens=self.labels.follows_shares,
@@ -495,7 +410,7 @@ class MixingModel(nn.Module):
         )
         losses = [outcome.loss for _, _, outcome in flow.outcomes if outcome.loss is not None]
         aux_loss = torch.stack(losses).sum() if losses else step.soft.new_zeros(())
-        stats = _stats(evidence.pixels, weights, flow)
+        stats = stats_of(evidence.pixels, weights, flow)
         return MixOutput(logits, targets, aux_loss, stats, trace, output)
 
     @property
@@ -580,36 +495,6 @@ class MixingModel(nn.Module):
                     f"expected logits (B, {self.num_classes}) from the model, got {found}; "
                     "num_classes must be that of the model's classifier"
                 )
-
-
-def _trace(fed: Tensor, plan: PixelPlan | None, flow: Flow) -> MixTrace:
-    trace = MixTrace(fed, plan)
-    for block, _, outcome in flow.outcomes:
-        if isinstance(outcome.plan, HorizontalPlan):
-            trace.horizontal[block] = outcome.plan
-        else:
-            trace.blended[block] = outcome.plan
-        if outcome.saliency is not None and outcome.difficulty is not None:
-            trace.saliency[block], trace.difficulty[block] = outcome.saliency, outcome.difficulty
-    prefix = flow.backbone.num_prefix_tokens
-    for block, stages in flow.verticals.items():
-        trace.selected[block] = {
-            index: torch.cat([flow.selected[stage][index] for stage in stages], 1) - prefix
-            for index in flow.selected[stages[0]]
-        }
-    return trace
-
-
-def _stats(plan: PixelPlan | None, weights: Tensor, flow: Flow) -> dict[str, Tensor]:
-    stats = {"target/own_weight": weights[:, 0].mean()}
-    if plan is not None:
-        stats["pixels/own_share"] = plan.lam.mean()
-    for block, stage, outcome in flow.outcomes:
-        name = f"{stage.short_name}_{block}"
-        stats |= {f"{name}/{key}": value.detach() for key, value in outcome.stats.items()}
-        if outcome.loss is not None:
-            stats[f"aux/scorenet_{block}"] = outcome.loss.detach()
-    return stats
 
 
 def _require_kind(name: str, value: object, kinds: tuple[type, ...]) -> None:

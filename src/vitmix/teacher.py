@@ -29,7 +29,7 @@ class ActivationMaps:
 
     Example:
         >>> from vitmix.models import create_model
-        >>> teacher = create_model("cct_2_3x2_32", num_classes=10, img_size=32)
+        >>> teacher = create_model("cct_2_3x2_32", num_classes=10)
         >>> ActivationMaps(teacher)(torch.rand(2, 3, 32, 32), torch.tensor([3, 7])).shape
         torch.Size([2, 8, 8])
     """

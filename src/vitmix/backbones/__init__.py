@@ -110,7 +110,7 @@ def describe(
 
     Example:
         >>> from vitmix.models import create_model
-        >>> describe(create_model("cct_2_3x2_32", num_classes=10, img_size=32)).num_prefix_tokens
+        >>> describe(create_model("cct_2_3x2_32", num_classes=10)).num_prefix_tokens
         0
         >>> layers = [nn.TransformerEncoderLayer(32, 2, 64, batch_first=True) for _ in range(2)]
         >>> model = nn.Sequential(*layers)

@@ -13,7 +13,8 @@ from vitmix.evaluate.preview import PreviewModel, model_with_pictures
 from vitmix.plots.curves import mixing_curves, read_metrics
 from vitmix.plots.papers import difficulty_figure, fluctuation_figure, saliency_figure
 from vitmix.plots.style import LIGHT, save_figure, themed
-from vitmix.preview import choose_rows, looking, shown_as
+from vitmix.preview import looking
+from vitmix.samples import choose_rows, shown_as
 from vitmix.tokens import HorizontalTokenMixup
 from vitmix.train.config import suggest
 

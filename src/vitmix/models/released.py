@@ -103,7 +103,7 @@ def load_released(
 
     Example:
         >>> from vitmix.models import create_model
-        >>> model = create_model("cct_2_3x2_32", num_classes=10, img_size=32)
+        >>> model = create_model("cct_2_3x2_32", num_classes=10)
         >>> released = {f"module.{name}": value for name, value in model.state_dict().items()}
         >>> loaded = load_released(model, {"state_dict": released, "epoch": 300})
         >>> loaded.part, loaded.left_out

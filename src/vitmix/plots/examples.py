@@ -17,14 +17,8 @@ from matplotlib.patches import Rectangle
 
 from vitmix.functional.grids import on_pixels
 from vitmix.plots.style import COLOURS, HATCHES, Theme, draw_heat, draw_image, heat_limits
-from vitmix.preview import (
-    Preview,
-    Sample,
-    Selection,
-    Step,
-    choose_rows,
-    make_samples,
-)
+from vitmix.preview import Preview
+from vitmix.samples import Sample, Selection, Step, choose_rows, make_samples
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
