@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitmix.bench import targets
+from vitmix.bench import steps, targets
 from vitmix.bench.measure import (
     Comparison,
     Limits,
@@ -145,6 +145,14 @@ def test_a_comparison_has_a_process_of_its_own(capsys: pytest.CaptureFixture[str
     assert "horizontal: batch 4, 4 tokens, 384 wide (1 rounds)" in capsys.readouterr().out
     assert main([*arguments, "--device", "cpu", "--variants", "x"]) == 2
     assert "expected `assignment`" in capsys.readouterr().err
+
+
+def test_steps_are_compiled_where_there_is_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    for compiler, count in ((None, 0), ("/usr/bin/g++", 2)):
+        monkeypatch.setattr("shutil.which", lambda _, found=compiler: found)
+        jobs = list(steps.comparisons(BenchOptions(device="cpu")))
+        compiled = [job for job in jobs if "plain+compiled" in job.args[2]]
+        assert (len(jobs), len(compiled)) == (4 + count, count)
 
 
 def test_models_are_asked_for_what_they_support() -> None:

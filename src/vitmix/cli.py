@@ -463,8 +463,7 @@ def _configure_bench(parser: Parser) -> None:
         "group",
         str,
         "targets",
-        "targets, steps, saliency, horizontal, pixels, pipeline, or all (half an hour on two "
-        "cores)",
+        "targets, steps, saliency, horizontal, pixels, pipeline, or all (40 minutes on two cores)",
     )
     parser.add("--quick", bool, False, "few rounds, few and small comparisons (some minutes)")
     parser.add("--seconds", float | None, None, "time for each comparison [10 to 150]")

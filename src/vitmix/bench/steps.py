@@ -7,6 +7,7 @@ with ``+compiled`` is compiled in one graph.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -33,13 +34,19 @@ VARIANTS = ("plain", "plain-again", "cutmix", "cutmix-timm", "cutmix-torchvision
 # What the larger models are asked for, whose steps take seconds.
 SHORT = ("plain", "plain-again", "transmix", "tl-align", "tokenmixup-h", "tokenmixup-v",
          "tokenmixup", "everything")  # fmt: skip
+# Steps as one graph, beside the plain step as it is; compiling each takes up to a minute.
+COMPILED = ("plain", "plain+compiled", "tl-align+compiled", "tokenmixup+compiled",
+            "everything+compiled")  # fmt: skip
 BLOCK, RHO, KAPPA = 2, 0.005, 3
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def comparisons(options: BenchOptions) -> Iterator[Job]:
-    """Steps of the models chosen; by default of four, with those batches that two cores take."""
+    """Steps of the models chosen; by default of four, with those batches that two cores take.
+
+    By default those of two models are compiled, too, where there is a C++ compiler.
+    """
     models = options.models or (MODELS[1:2] if options.quick else MODELS)
     for name in models:
         variants = options.variants
@@ -51,6 +58,13 @@ def comparisons(options: BenchOptions) -> Iterator[Job]:
         for batch in options.batch_sizes or (_batch_size(name, options),):
             note = "" if options.variants else ", overview"
             args = (name, batch, variants, options.device, options.precision, note)
+            yield Job(step_comparison, args, 45)
+    narrowed = options.models or options.variants or options.quick or options.compile
+    if narrowed or not any(map(shutil.which, ("g++", "clang++"))):
+        return
+    for name in MODELS[:2]:
+        for batch in options.batch_sizes or (_batch_size(name, options),):
+            args = (name, batch, COMPILED, options.device, options.precision, ", compiled")
             yield Job(step_comparison, args, 45)
 
 
