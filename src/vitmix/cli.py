@@ -489,8 +489,8 @@ def _bench(options: Any) -> None:
 
     import torch
 
-    from vitmix.bench.options import BenchOptions, numbers, words
-    from vitmix.bench.run import bench
+    from vitmix.benchmarks.options import BenchOptions, numbers, words
+    from vitmix.benchmarks.run import bench
     from vitmix.train.provenance import pick_device
 
     if options["rounds"] < 1:

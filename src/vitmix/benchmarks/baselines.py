@@ -2,7 +2,7 @@
 
 Attention is written out, so that its map is at hand; labels of tokens are dense, one probability a
 class; gains are broadcast over samples, partners and tokens. The numbers are those of vitmix (see
-``tests/test_bench_baselines.py``), the cost is not. Nothing here is used to train.
+``tests/test_baselines.py``), the cost is not. Nothing here is used to train.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vitmix
-from vitmix.bench.baselines import (
+from vitmix.benchmarks.baselines import (
     ExplicitAttention,
     PlainMixing,
     broadcast_gain,
@@ -17,7 +17,7 @@ from vitmix.bench.baselines import (
     map_saliency,
     tokens_gradient,
 )
-from vitmix.bench.horizontal import blob_saliency
+from vitmix.benchmarks.horizontal import blob_saliency
 from vitmix.functional import apply_horizontal, horizontal_plan, saliency_gain
 from vitmix.functional.targets import smooth_targets
 from vitmix.gradient import gradient_saliency

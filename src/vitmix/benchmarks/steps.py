@@ -1,8 +1,8 @@
 """Whole training steps: what does mixing cost on top of the plain step?
 
 ``plain-again`` is the plain step once more: what its ratio is off from 1 is noise. A variant with
-``+baseline`` behind it is the method as it is usually coded (:mod:`vitmix.bench.baselines`), one
-with ``+compiled`` is compiled in one graph.
+``+baseline`` behind it is the method as it is usually coded
+(:mod:`vitmix.benchmarks.baselines`), one with ``+compiled`` is compiled in one graph.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 import vitmix
-from vitmix.bench.baselines import PlainMixing, has_baseline
-from vitmix.bench.measure import Comparison, Job, Work
-from vitmix.bench.options import BenchOptions
-from vitmix.bench.pixels import mixer
+from vitmix.benchmarks.baselines import PlainMixing, has_baseline
+from vitmix.benchmarks.measure import Comparison, Job, Work
+from vitmix.benchmarks.options import BenchOptions
+from vitmix.benchmarks.pixels import mixer
 from vitmix.errors import InputError, UnsupportedModelError
 from vitmix.models import create_model
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitmix.bench.measure import Comparison, Job, Work
-from vitmix.bench.options import BenchOptions
+from vitmix.benchmarks.measure import Comparison, Job, Work
+from vitmix.benchmarks.options import BenchOptions
 from vitmix.models import create_model
 from vitmix.train.config import TrainConfig
 from vitmix.train.data import ImageData, load_data

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import vitmix
-from vitmix.bench.measure import Comparison, Job, Work
-from vitmix.bench.options import BenchOptions
+from vitmix.benchmarks.measure import Comparison, Job, Work
+from vitmix.benchmarks.options import BenchOptions
 from vitmix.errors import InputError
 from vitmix.functional.targets import smooth_targets
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vitmix.bench.measure import Limits
+from vitmix.benchmarks.measure import Limits
 from vitmix.errors import InputError
 
 __all__ = ["BenchOptions", "numbers", "words"]

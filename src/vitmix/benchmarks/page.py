@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from vitmix.bench.measure import Measured, Ratio
-from vitmix.bench.targets import Verdict
+from vitmix.benchmarks.measure import Measured, Ratio
+from vitmix.benchmarks.targets import Verdict
 from vitmix.evaluate.table import as_markdown, as_text
 
 __all__ = ["MARK", "measured_rows", "page_of", "target_rows", "text_of", "verdict_text"]

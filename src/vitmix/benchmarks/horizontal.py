@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitmix.bench.baselines import broadcast_gain, broadcast_horizontal
-from vitmix.bench.measure import Comparison, Job, Work
-from vitmix.bench.options import BenchOptions
+from vitmix.benchmarks.baselines import broadcast_gain, broadcast_horizontal
+from vitmix.benchmarks.measure import Comparison, Job, Work
+from vitmix.benchmarks.options import BenchOptions
 from vitmix.functional import (
     apply_horizontal,
     horizontal_plan,

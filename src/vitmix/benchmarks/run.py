@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from vitmix.bench import horizontal, pipeline, pixels, saliency, steps, targets
-from vitmix.bench.measure import Job, Limits, Measured, compare
-from vitmix.bench.options import BenchOptions
-from vitmix.bench.page import MARK, page_of, text_of, verdict_text
+from vitmix.benchmarks import horizontal, pipeline, pixels, saliency, steps, targets
+from vitmix.benchmarks.measure import Job, Limits, Measured, compare
+from vitmix.benchmarks.options import BenchOptions
+from vitmix.benchmarks.page import MARK, page_of, text_of, verdict_text
 from vitmix.errors import InputError, VitmixError
 from vitmix.train.provenance import commit, device_name, versions
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from vitmix.bench.horizontal import gain_comparison, growth_comparison, horizontal_comparison
-from vitmix.bench.measure import Job, Measured, Ratio
-from vitmix.bench.options import BenchOptions
-from vitmix.bench.pipeline import pipeline_comparison
-from vitmix.bench.pixels import pixel_comparison
-from vitmix.bench.saliency import saliency_comparison
-from vitmix.bench.steps import step_comparison
+from vitmix.benchmarks.horizontal import gain_comparison, growth_comparison, horizontal_comparison
+from vitmix.benchmarks.measure import Job, Measured, Ratio
+from vitmix.benchmarks.options import BenchOptions
+from vitmix.benchmarks.pipeline import pipeline_comparison
+from vitmix.benchmarks.pixels import pixel_comparison
+from vitmix.benchmarks.saliency import saliency_comparison
+from vitmix.benchmarks.steps import step_comparison
 
 __all__ = ["Sizes", "Target", "Verdict", "comparisons", "targets", "verdicts"]
 

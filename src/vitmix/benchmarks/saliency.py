@@ -14,10 +14,15 @@ import torch
 from torch import Tensor
 
 import vitmix
-from vitmix.bench.baselines import ExplicitAttention, has_baseline, map_saliency, tokens_gradient
-from vitmix.bench.measure import Comparison, Job
-from vitmix.bench.options import BenchOptions
-from vitmix.bench.steps import image_side
+from vitmix.benchmarks.baselines import (
+    ExplicitAttention,
+    has_baseline,
+    map_saliency,
+    tokens_gradient,
+)
+from vitmix.benchmarks.measure import Comparison, Job
+from vitmix.benchmarks.options import BenchOptions
+from vitmix.benchmarks.steps import image_side
 from vitmix.errors import InputError
 from vitmix.functional.targets import smooth_targets
 from vitmix.gradient import gradient_saliency

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitmix.bench import steps, targets
-from vitmix.bench.measure import (
+from vitmix.benchmarks import steps, targets
+from vitmix.benchmarks.measure import (
     Comparison,
     Limits,
     Measured,
@@ -21,11 +21,11 @@ from vitmix.bench.measure import (
     compare,
     peak_memory,
 )
-from vitmix.bench.options import BenchOptions
-from vitmix.bench.page import MARK, target_rows
-from vitmix.bench.pipeline import pipeline_comparison
-from vitmix.bench.steps import VARIANTS, supported_variants
-from vitmix.bench.targets import Sizes, Target, Verdict, verdicts
+from vitmix.benchmarks.options import BenchOptions
+from vitmix.benchmarks.page import MARK, target_rows
+from vitmix.benchmarks.pipeline import pipeline_comparison
+from vitmix.benchmarks.steps import VARIANTS, supported_variants
+from vitmix.benchmarks.targets import Sizes, Target, Verdict, verdicts
 from vitmix.cli import main
 
 SHORT = ["--rounds", "2", "--seconds", "0", "--device", "cpu", "--isolate", "false"]
