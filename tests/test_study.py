@@ -204,9 +204,15 @@ def test_what_stops_a_study_stops_its_processes_at_a_checkpoint(
     path.write_text(STUDY.replace("epochs: 1", "epochs: 900"))
     command = [sys.executable, "-m", "vitmix.cli", "study", study, "--out", str(tmp_path / "runs")]
     command += ["--jobs", "2", "--seeds", "1", "--cells", "none"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts what ends in "&"
+    try:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
         assert process.stdout is not None
         assert any("epoch   1/900" in line for line in process.stdout)
         os.killpg(process.pid, sent)

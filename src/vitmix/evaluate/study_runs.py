@@ -171,7 +171,10 @@ def _side_by_side(tasks: Sequence[_Task], jobs: int, finished: Callable[[_Task],
     """Train in processes; a run whose teacher is yet to be trained waits for it."""
     waiting = list(tasks)
     running: dict[Future[None], _Task] = {}
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # what schedulers send
+    # SIGTERM is what schedulers send; SIGINT is ignored from the start where a shell runs this in
+    # the background, and a run that trains alone stops at it, too.
+    stops = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(stop, signal.default_int_handler) for stop in stops]
     with ProcessPoolExecutor(jobs, get_context("spawn"), _begin_process, (jobs,)) as pool:
         try:
             while waiting or running:
@@ -196,7 +199,8 @@ def _side_by_side(tasks: Sequence[_Task], jobs: int, finished: Callable[[_Task],
                 "goes on, with fewer --jobs if need be"
             ) from None
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for stop, handler in zip(stops, before, strict=True):
+                signal.signal(stop, handler)
 
 
 @contextmanager
