@@ -105,7 +105,13 @@ class MixOutput:
 
 
 def trace_of(fed: Tensor, plan: PixelPlan | None, flow: Flow) -> MixTrace:
-    """What was mixed, as far as the pixel stage and the pass know it."""
+    """What was mixed, as far as the pixel stage and the pass know it.
+
+    Args:
+        fed: ``(B, C, H, W)`` images as fed to the model.
+        plan: of the pixel stage, or None.
+        flow: what happened inside the model, after the pass.
+    """
     trace = MixTrace(fed, plan)
     for block, _, outcome in flow.outcomes:
         if isinstance(outcome.plan, HorizontalPlan):
@@ -124,7 +130,13 @@ def trace_of(fed: Tensor, plan: PixelPlan | None, flow: Flow) -> MixTrace:
 
 
 def stats_of(plan: PixelPlan | None, weights: Tensor, flow: Flow) -> dict[str, Tensor]:
-    """Scalars without gradient, for logging."""
+    """Scalars without gradient, for logging.
+
+    Args:
+        plan: of the pixel stage, or None.
+        weights: ``(B, K)`` weight of each source's label; the first is the sample's own.
+        flow: what happened inside the model, after the pass.
+    """
     stats = {"target/own_weight": weights[:, 0].mean()}
     if plan is not None:
         stats["pixels/own_share"] = plan.lam.mean()
