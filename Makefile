@@ -56,4 +56,4 @@ $(VENV)/.dev: pyproject.toml
 	@touch $@ $(VENV)/.train
 
 clean:
-	rm -rf $(VENV) demo docs/_build docs/_figures
+	rm -rf $(VENV) demo docs/_build

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 from docutils import nodes
 from latex2mathml.converter import convert
 from sphinx.application import Sphinx
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-
-import vitmix  # noqa: E402
-from figures import draw_figures  # noqa: E402
+import vitmix
 
 project = "vitmix"
 author = copyright = "the vitmix authors"
@@ -27,7 +21,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build", "_figures", "conf.py"]
+exclude_patterns = ["_build", "conf.py"]
 nitpicky = True
 
 myst_enable_extensions = ["colon_fence", "dollarmath", "deflist"]
@@ -66,8 +60,7 @@ def _visit(translator: Any, node: nodes.Element, display: str) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    """Draw the figures of the methods, and show equations without a network."""
-    draw_figures(HERE / "_figures")
+    """Show equations without a network."""
     app.add_html_math_renderer(
         "mathml",
         inline_renderers=(lambda self, node: _visit(self, node, "inline"), None),

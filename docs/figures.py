@@ -1,6 +1,9 @@
 """Figures of the method pages, drawn with the library's own functions on two photos.
 
-The photos come with scikit-learn: flower.jpg by dany13 and china.jpg by Danielle Buma, both CC BY.
+Once more, after a change to what they show: ``python docs/figures.py``.
+
+The photos come with scikit-learn: flower.jpg by vultilion and china.jpg by danielbuechele,
+both CC BY 2.0.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import timm
 import torch
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize, unfold
@@ -175,8 +179,8 @@ def preview(path: Path, images: Tensor) -> None:
 
 
 def draw_figures(folder: Path) -> None:
-    """Write all figures."""
-    folder.mkdir(exist_ok=True)
+    """Write all figures, in 256 colours each."""
+    folder.mkdir(parents=True, exist_ok=True)
     images = torch.stack((photo("flower.jpg"), photo("china.jpg")))
     pixels(folder / "mixup.png", images, {"Mixup": vitmix.Mixup(alpha=2.0)}, 3)
     pixels(folder / "cutmix.png", images, {"CutMix": vitmix.CutMix(alpha=2.0)}, 8)
@@ -186,7 +190,11 @@ def draw_figures(folder: Path) -> None:
     tl_align(folder / "tl-align.png", images)
     transmix(folder / "transmix.png", images)
     preview(folder / "preview.png", images)
+    for path in folder.glob("*.png"):
+        with Image.open(path) as picture:
+            few = picture.convert("RGB").quantize(256)
+        few.save(path, optimize=True)
 
 
 if __name__ == "__main__":
-    draw_figures(Path(__file__).parent / "_figures")
+    draw_figures(Path(__file__).parent / "images" / "methods")

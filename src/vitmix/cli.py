@@ -466,7 +466,7 @@ def _configure_bench(parser: Parser) -> None:
         "targets, steps, saliency, horizontal, pixels, pipeline, or all (40 minutes on two cores)",
     )
     parser.add("--quick", bool, False, "few rounds, few and small comparisons (some minutes)")
-    parser.add("--seconds", float | None, None, "time for each comparison [10 to 150]")
+    parser.add("--seconds", float | None, None, "time for each comparison [10 to 200]")
     parser.add("--rounds", int, 25, "rounds of a comparison at most")
     parser.add("--model", str | None, None, "models, between commas")
     parser.add("--batch-size", str | None, None, "batch sizes, between commas")
@@ -569,7 +569,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "study": Command(
         "train what is missing in a table of settings over seeds",
-        "vitmix study cifar10-few --data path/to/cifar10-parquet --out runs/cifar10-few",
+        "vitmix study cifar10-few --data path/to/cifar10-5k --out runs/cifar10-few",
         _configure_study,
         _study,
     ),

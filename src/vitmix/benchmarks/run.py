@@ -7,7 +7,7 @@ import multiprocessing
 import platform
 import time
 from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def bench(
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "commit": commit(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "minutes": (time.perf_counter() - start) / 60,
     }
     if json_path is not None:

@@ -163,7 +163,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     for path in paths:
         try:
             return path, read_checkpoint(path)
-        except InputError:  # noqa: PERF203
+        except InputError:
             if path == paths[-1]:
                 raise
             print(f"vitmix: {path} is damaged, taking {paths[-1].name} before it", file=sys.stderr)

@@ -201,7 +201,7 @@ class TrainConfig:
     tau: float | str | None = option(
         "Method",
         None,
-        "horizontal: samples with a ScoreNet loss up to tau (nats) are mixed; auto:0.5 keeps the "
+        "horizontal: samples with a ScoreNet loss below tau (nats) are mixed; auto:0.5 keeps the "
         "share of mixed samples at 50%%",
     )
     rho: float | str | None = option(

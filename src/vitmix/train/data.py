@@ -251,7 +251,7 @@ def _first_size(name: str, splits: tuple[Records, ...], skip_corrupt: bool) -> i
         for row in range(len(records)):
             try:
                 return min(image_size(records.content(row)))
-            except DECODE_ERRORS as error:  # noqa: PERF203
+            except DECODE_ERRORS as error:
                 if not skip_corrupt:
                     raise CorruptImageError.at(records.describe(row)) from error
     raise InputError(f"expected images in {name!r}, none can be read")
@@ -263,7 +263,7 @@ def _check_headers(splits: tuple[Records, ...], check: _SizeCheck, skip_corrupt:
         for row in range(len(records)):
             try:
                 size = image_size(records.content(row))
-            except DECODE_ERRORS as error:  # noqa: PERF203
+            except DECODE_ERRORS as error:
                 if not skip_corrupt:
                     raise CorruptImageError.at(records.describe(row)) from error
             else:
@@ -289,7 +289,7 @@ def _decode(
         for row in rows:
             try:
                 pixels = pixels_of(records.content(row))
-            except DECODE_ERRORS as error:  # noqa: PERF203
+            except DECODE_ERRORS as error:
                 if not skip_corrupt:
                     raise CorruptImageError.at(records.describe(row)) from error
                 readable[row] = False

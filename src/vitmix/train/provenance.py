@@ -30,7 +30,7 @@ def versions() -> dict[str, str]:
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # noqa: PERF203
+        except importlib.metadata.PackageNotFoundError:
             continue
     return found
 

@@ -40,6 +40,7 @@ REPLACED = {
     "opt": ("opt_kwargs",),
     "model": ("model_kwargs",),
     "init": ("pretrained",),
+    "mix": ("mixup", "cutmix", "mixup_prob", "mixup_mode", "mixup_switch_prob"),
 }
 
 _INTRODUCTION = """# Recipes
@@ -54,8 +55,9 @@ vitmix train --recipe cct7-cifar100-tokenmixup --data fake --max-steps 2    # a 
 ```
 
 Options, and keys of a `--config` file, change single settings of a recipe; another `--method`
-replaces its method as a whole. The figures are the papers', to compare with: vitmix follows the
-papers where their released codes depart from them, and has not trained these recipes to the end.
+replaces its method as a whole, and `--mix` its pixel mixes. The figures are the papers', to
+compare with: vitmix follows the papers where their released codes depart from them, and has not
+trained these recipes to the end.
 
 This page is written by `vitmix recipes --markdown > docs/recipes.md`.
 """

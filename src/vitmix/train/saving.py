@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +65,7 @@ class Checkpoints(Callback):
         self.stop = False
         self.best_top1 = -1.0
         self.best_epoch = 0
-        self.started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self.started = datetime.now(UTC).isoformat(timespec="seconds")
         self.seconds = 0.0  # of training, in this process and before
         self._clock = self._saved_at = 0.0
 
