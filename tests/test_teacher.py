@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from torch import nn
 
 import vitmix
 from models import FAMILIES, NUM_CLASSES, SIZE, batch, make_cct
+from more_models import MORE_FAMILIES, logits_of, unsettle
+from staged_models import STAGED
 
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
@@ -55,6 +59,138 @@ def test_map_of_an_average_pooled_network_is_its_logit() -> None:
     torch.testing.assert_close(maps(images, classes), raw.relu())
     logits = teacher(images).gather(1, classes[:, None])[:, 0] - teacher.fc.bias[classes]
     torch.testing.assert_close(raw.mean((1, 2)), logits, atol=1e-5, rtol=1e-4)
+
+
+# Where the last norm and the classifier are, and how many tokens are in front of the patches.
+BY_CLASS_TOKEN = {
+    "vit": ("norm", "head", 1),
+    "vit-registers": ("norm", "head", 4),
+    "torchvision": ("encoder.ln", "heads.head", 1),
+    "hf-vit": ("vit.layernorm", "classifier", 1),
+    "hf-deit": ("deit.layernorm", "classifier", 2),
+}
+
+
+def make(name: str) -> tuple[Any, int]:
+    """A teacher with weights far from where they begin, and the side of its images."""
+    torch.manual_seed(0)
+    staged = STAGED.get(name)
+    made = {**FAMILIES, **MORE_FAMILIES}[name] if staged is None else staged.make
+    teacher: Any = made()
+    unsettle(teacher)
+    return teacher.eval(), SIZE if staged is None else staged.side
+
+
+@pytest.mark.parametrize("name", BY_CLASS_TOKEN)
+def test_map_of_a_transformer_is_of_its_last_tokens(name: str) -> None:
+    """Not of the patch embedding, a map of the same width that comes much earlier."""
+    teacher, _ = make(name)
+    norm, head, prefix = BY_CLASS_TOKEN[name]
+    images, classes = batch(3)
+    seen: list[torch.Tensor] = []
+    handle = teacher.get_submodule(norm).register_forward_hook(lambda *call: seen.append(call[2]))
+    teacher(images)
+    handle.remove()
+    weight = teacher.get_submodule(head).weight[classes]
+    expected = torch.einsum("btd,bd->bt", seen[0][:, prefix:], weight).relu().view(3, 4, 4)
+    torch.testing.assert_close(vitmix.ActivationMaps(teacher)(images, classes), expected)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["relpos", "hf-ijepa", "hf-clip", "hf-siglip", "vit-pytorch-mean", "torchvision-swin",
+     "hf-swin", "hf-pvt-v2", "twins", "mvit", "efficientformer"],
+)  # fmt: skip
+def test_the_mean_of_a_map_is_the_logit(name: str) -> None:
+    teacher, side = make(name)
+    images, classes = torch.randn(3, 3, side, side), torch.tensor([1, 0, 4])
+    maps = vitmix.ActivationMaps(teacher)
+    weight, bias = (
+        torch.stack([getattr(layer, part) for layer in maps.classifiers]).mean(0)[classes]
+        for part in ("weight", "bias")
+    )
+    with torch.no_grad():
+        raw = (maps._features(images) * weight[:, :, None, None]).sum(1)
+        logits = logits_of(teacher(images)).gather(1, classes[:, None])[:, 0]
+    torch.testing.assert_close(raw.mean((1, 2)), logits - bias, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vit-average", "naflex", "hf-beit", "hiera", "cait", "twins"])
+def test_a_place_of_a_map_is_that_place_of_the_image(name: str) -> None:
+    """Where one patch is another, the features change most: rows, columns and order are right."""
+    teacher, side = make(name)
+    maps, images = vitmix.ActivationMaps(teacher), torch.rand(1, 3, side, side)
+    with torch.no_grad():
+        before = maps._features(images)
+        rows, columns = before.shape[2:]
+        row, column, cell = rows // 2, columns // 4, side // rows
+        images[:, :, row * cell :, column * cell :][:, :, :cell, :cell] = -2.0
+        changed = (maps._features(images) - before).abs().sum(1)[0]
+    assert divmod(int(changed.argmax()), columns) == (row, column)
+
+
+class Squashed(nn.Module):
+    """A layer and a tanh between the mean and the classifier, as in torchvision's MaxViT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, NUM_CLASSES))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.stem(images).mean((2, 3)))
+
+
+def make_timm(kind: str, **options: Any) -> nn.Module:
+    arguments = {"img_size": SIZE, "patch_size": 8, "embed_dim": 32, "num_classes": NUM_CLASSES}
+    return getattr(timm.models, kind)(**arguments, **options)
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "tanh": (Squashed, "pooled otherwise"),
+    "torchvision-maxvit": (STAGED["torchvision-maxvit"].make, "pooled otherwise"),
+    "attention pooling": (FAMILIES["vit-attention-pool"], "pooled otherwise"),
+    "mixer": (lambda: make_timm("MlpMixer", num_blocks=1), "tokens .* of a known grid"),
+    "xcit": (lambda: make_timm("Xcit", depth=1, num_heads=2), "tokens .* of a known grid"),
+    "two classifiers": (MORE_FAMILIES["hf-deit-teacher"], "gives the logits"),
+    "crossvit": (lambda: timm.create_model("crossvit_tiny_240", num_classes=7), "gives the logits"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_features_that_the_classifier_does_not_see_are_refused(name: str) -> None:
+    make, words = REFUSED[name]
+    torch.manual_seed(0)
+    teacher = make()
+    side = 240 if name == "crossvit" else 64 if name.startswith("torchvision") else SIZE
+    maps = vitmix.ActivationMaps(teacher)
+    with pytest.raises(vitmix.UnsupportedModelError, match=words) as caught:
+        maps(torch.randn(2, 3, side, side), torch.tensor([1, 2]))
+    assert "store_maps" in str(caught.value)
+    assert not any(module._forward_hooks for module in teacher.modules())
+
+
+def test_tokens_of_another_grid_are_refused() -> None:
+    """A grid that changes between calls is not cut out of the tokens that are there."""
+    maps = vitmix.ActivationMaps(FAMILIES["vit-dynamic-size"]())
+    images, classes = batch(2)
+    maps(images, classes)
+    assert maps(images[:, :, :16], classes).shape == (2, 2, 4)
+    maps._tokens = vitmix.teacher._Tokens(1, lambda size: (3, 4))
+    maps._source = (maps._source[0], maps._tokens.places, None)
+    with pytest.raises(vitmix.UnsupportedModelError, match="3 x 4 tokens"):
+        maps(images, classes)
+
+
+def test_a_teacher_keeps_its_modes_and_precision_does_not_hide_its_features() -> None:
+    teacher = torchvision.models.resnet18(num_classes=NUM_CLASSES).train()
+    teacher.bn1.eval()
+    maps = vitmix.ActivationMaps(teacher)
+    with torch.autocast("cpu", torch.bfloat16):
+        maps(torch.rand(2, 3, 64, 64), torch.tensor([1, 2]))
+    assert teacher.training
+    assert teacher.layer4.training
+    assert not teacher.bn1.training
 
 
 def centre(images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
