@@ -193,7 +193,7 @@ def test_partners_of_other_processes_are_not_shown() -> None:
     plan = HorizontalPlan(partner, replace_, torch.full((4,), 0.5))
     sources = torch.stack((torch.arange(4, 8), partner), 1)
     weights = torch.tensor([[1.0, 0.0]]).expand(4, -1)
-    trace = MixTrace(images, sources=sources, weights=weights, horizontal={1: plan})
+    trace = MixTrace(images, sources=sources, weights=weights, plans=((1, plan),))
     targets = torch.full((4, 10), 0.1)
     out = vitmix.MixOutput(targets, targets, torch.zeros(()), {}, trace)
     mixing = make_mixing()
@@ -203,6 +203,6 @@ def test_partners_of_other_processes_are_not_shown() -> None:
         (data.classes[3], data.classes[4]),
         (data.classes[4], data.classes[3]),
     ]
-    here = replace(trace, sources=sources - 4, horizontal={1: plan._replace(partner=partner % 4)})
+    here = replace(trace, sources=sources - 4, plans=((1, plan._replace(partner=partner % 4)),))
     alone = vitmix.MixOutput(targets, targets, torch.zeros(()), {}, here)
     assert len(telling_examples(alone, images, torch.tensor([1, 2, 3, 4]), data, mixing)) == 4

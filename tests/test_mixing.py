@@ -182,6 +182,12 @@ BAD: list[tuple[str, Callable[[], object], str]] = [
     ("labels kind", lambda: make_with([], labels="area"), "labels"),
     ("tokens kind", lambda: make_with(["htm"]), "tokens"),
     ("class token", lambda: make_with([horizontal(pool="class_token")]), "class token"),
+    ("one block", lambda: make_with([horizontal(), horizontal(tau=1.0)]), "two .* at block 1"),
+    (
+        "blocks that overlap",
+        lambda: make_with([vitmix.ManifoldMixup((0, 1)), vitmix.ManifoldMixup((2, 1))]),
+        "one ManifoldMixup a block",
+    ),
 ]
 
 

@@ -46,6 +46,8 @@ METHODS: dict[str, Callable[[], Stages]] = {
         "mix": vitmix.TokenMix(min_block_tokens=2), "labels": vitmix.TokenAlignedLabels(),
         "tokens": [horizontal(), vitmix.VerticalTokenMixup(2, kappa=3)],
     },
+    "blended-first": lambda: {"tokens": [vitmix.ManifoldMixup(block=1), horizontal()]},
+    "blended-last": lambda: {"tokens": [horizontal(), vitmix.ManifoldMixup(block=1)]},
     "twice": lambda: {"tokens": [horizontal(), horizontal(block=3), vitmix.ManifoldMixup(block=2)]},
 }  # fmt: skip
 

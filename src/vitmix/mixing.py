@@ -159,6 +159,7 @@ class MixingModel(nn.Module):
             )
         if len({id(stage) for stage in tokens}) < len(tokens):
             raise InputError("expected each token stage once in `tokens`, got one twice")
+        _require_apart(tokens)
         like = next(model.parameters())
         try:
             for stage in tokens:
@@ -515,6 +516,19 @@ def _require_earlier(stage: VerticalTokenMixup, backbone: Backbone) -> None:
             "expected `block` of VerticalTokenMixup with an earlier block of its own stage to "
             f"collect tokens from ({', '.join(map(str, first))}), got {target}"
         )
+
+
+def _require_apart(stages: Sequence[TokenStage]) -> None:
+    """Check that what a stage that mixes did can be told by its kind and its block."""
+    taken: set[tuple[str, int]] = set()
+    for stage in stages:
+        places = {(stage.short_name, block) for block in stage.blocks}
+        if isinstance(stage, TokenMixer) and taken & places:
+            raise InputError(
+                f"expected one {type(stage).__name__} a block, "
+                f"got two that may act at block {min(taken & places)[1]}"
+            )
+        taken |= places
 
 
 def _require_unattached(stage: HorizontalTokenMixup) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -123,8 +122,7 @@ def shown_as(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Ten
 def _stages(trace: MixTrace) -> list[tuple[int | None, Any]]:
     """The plans of a step that mix samples, in order, with their blocks."""
     pixels = [] if trace.pixels is None else [(None, trace.pixels)]
-    tokens = [*trace.horizontal.items(), *trace.blended.items()]
-    return [*pixels, *sorted(tokens, key=itemgetter(0))]
+    return [*pixels, *trace.plans]
 
 
 def _first(trace: MixTrace) -> int:

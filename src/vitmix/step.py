@@ -50,8 +50,7 @@ class MixTrace:
         weights: ``(B, K)`` weight of each source's label by the label rule, or None.
         weights_cover_tokens: whether that is all of the target, as for rules that follow shares;
             else token stages mix the targets afterwards.
-        horizontal: plan of each horizontal stage, by block.
-        blended: plan of each manifold stage, by block.
+        plans: block and plan of each token stage that mixed, in order.
         saliency: ``(B, N)`` that the plan of each horizontal stage was made by, by block.
         difficulty: ``(B,)`` ScoreNet's cross-entropy in nats, likewise.
         selected: for each block of vertical mixing, by the block that tokens come from, which of
@@ -64,12 +63,21 @@ class MixTrace:
     sources: Tensor | None = None
     weights: Tensor | None = None
     weights_cover_tokens: bool = False
-    horizontal: dict[int, HorizontalPlan] = field(default_factory=dict)
-    blended: dict[int, BlendPlan] = field(default_factory=dict)
+    plans: tuple[tuple[int, HorizontalPlan | BlendPlan], ...] = ()
     saliency: dict[int, Tensor] = field(default_factory=dict)
     difficulty: dict[int, Tensor] = field(default_factory=dict)
     selected: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     record: StepRecord | None = None
+
+    @property
+    def horizontal(self) -> dict[int, HorizontalPlan]:
+        """Plan of each horizontal stage, by block."""
+        return {block: plan for block, plan in self.plans if isinstance(plan, HorizontalPlan)}
+
+    @property
+    def blended(self) -> dict[int, BlendPlan]:
+        """Plan of each manifold stage, by block."""
+        return {block: plan for block, plan in self.plans if isinstance(plan, BlendPlan)}
 
 
 @dataclass(frozen=True)
@@ -112,12 +120,9 @@ def trace_of(fed: Tensor, plan: PixelPlan | None, flow: Flow) -> MixTrace:
         plan: of the pixel stage, or None.
         flow: what happened inside the model, after the pass.
     """
-    trace = MixTrace(fed, plan)
+    plans = tuple((block, outcome.plan) for block, _, outcome in flow.outcomes)
+    trace = MixTrace(fed, plan, plans=plans)
     for block, _, outcome in flow.outcomes:
-        if isinstance(outcome.plan, HorizontalPlan):
-            trace.horizontal[block] = outcome.plan
-        else:
-            trace.blended[block] = outcome.plan
         if outcome.saliency is not None and outcome.difficulty is not None:
             trace.saliency[block], trace.difficulty[block] = outcome.saliency, outcome.difficulty
     prefix = flow.backbone.num_prefix_tokens
