@@ -737,6 +737,15 @@ def test_activation_weights_at_the_ends():
     assert blank.tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.uint8, torch.int64])
+def test_activation_weights_of_any_dtype_and_fractional_masks(dtype):
+    maps = torch.tensor([[[100, 100]], [[0, 0]], [[0, 200]]], dtype=dtype)
+    own, partner = vf.activation_weight(maps, maps, torch.tensor([[0.5, 0.25]]))
+    assert own.dtype == torch.float32
+    close(own, [0.625, 0, 0.75])
+    close(partner, [0.375, 0, 0.25])
+
+
 def test_activation_weight_refuses_shapes_that_do_not_fit():
     with pytest.raises(InputError, match=r"\(2, 3, 3\) and \(2, 4, 3\)"):
         vf.activation_weight(uniform(0, 2, 3, 3), uniform(0, 2, 4, 3), torch.ones(3, 3))
@@ -760,6 +769,17 @@ def test_smoothing(seed, batch, classes, smoothing):
     index = torch.from_numpy(np.random.default_rng(seed).integers(classes, size=batch))
     hard = references.smooth_targets(np.eye(classes)[index.numpy()], smoothing)
     close(vf.smooth_targets(index, classes, smoothing), hard)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_soft_labels_of_low_precision_sum_to_one_afterwards(dtype):
+    """Rounded to 8 bits, probabilities of 1,000 classes sum to 1 within a few thousandths."""
+    soft = softmax(0, 256, 1000).to(dtype)
+    if dtype == torch.bfloat16:
+        assert (soft.float().sum(1) - 1).abs().max() > 1e-3
+    close(vf.smooth_targets(soft, 1000).sum(1), np.ones(256), atol=1e-6)
+    with pytest.raises(InputError, match="sum to 1"):
+        vf.smooth_targets(soft * 0.96, 1000)
 
 
 @pytest.mark.parametrize(

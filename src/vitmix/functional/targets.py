@@ -29,11 +29,12 @@ def activation_weight(
     Args:
         own_map: ``(B, h, w)``, not negative: the teacher's activation for the own class.
         partner_map: ``(B, h, w)``, the same of the partner's image and class.
-        mask: ``(h, w)`` or ``(B, h, w)``, True or 1 where the partner is seen.
+        mask: ``(h, w)`` or ``(B, h, w)``, True or 1 where the partner is seen; a fraction is the
+            part of a place that is the partner's.
         eps: added to the sum that a map is divided by; a map of zeros gets weight 0.
 
     Returns:
-        ``(B,)`` weight of the own label, ``(B,)`` weight of the partner's.
+        ``(B,)`` weight of the own label, ``(B,)`` weight of the partner's; float32 at least.
 
     Raises:
         InputError: shapes that don't fit, or a negative activation.
@@ -58,9 +59,10 @@ def activation_weight(
             (maps >= 0).all(),
             lambda: "expected activation maps of at least 0, got a negative one; cut it off first",
         )
-    seen = mask.to(own_map.dtype)
-    own = own_map / (own_map.sum((1, 2), keepdim=True) + eps)
-    partner = partner_map / (partner_map.sum((1, 2), keepdim=True) + eps)
+    dtype = torch.promote_types(own_map.dtype, torch.float32)
+    own, partner, seen = own_map.to(dtype), partner_map.to(dtype), mask.to(dtype)
+    own = own / (own.sum((1, 2), keepdim=True) + eps)
+    partner = partner / (partner.sum((1, 2), keepdim=True) + eps)
     return ((1 - seen) * own).sum((1, 2)), (seen * partner).sum((1, 2))
 
 
@@ -68,7 +70,8 @@ def smooth_targets(targets: Tensor, num_classes: int, smoothing: float = 0.0) ->
     """Soft targets from class indices or soft labels, smoothed: ``(1 - s) y + s / C``.
 
     Args:
-        targets: ``(B,)`` integer class indices or ``(B, C)`` soft labels whose rows sum to 1.
+        targets: ``(B,)`` integer class indices or ``(B, C)`` soft labels whose rows sum to 1 as
+            far as their precision goes; they are divided by their sum.
         num_classes: C.
         smoothing: s, in [0, 1).
 
@@ -101,15 +104,17 @@ def smooth_targets(targets: Tensor, num_classes: int, smoothing: float = 0.0) ->
             (soft >= 0).all(),
             lambda: f"expected soft labels of at least 0, got {float(soft.min()):.6g}",
         )
-        sums = soft.sum(1)
+        sums = soft.sum(1, keepdim=True)
         off = (sums - 1).abs()
+        eps = torch.finfo(targets.dtype).eps if targets.is_floating_point() else 0.0
         _require(
-            (off < 1e-3).all(),
+            (off < max(1e-3, 4 * eps)).all(),
             lambda: (
                 "expected rows of soft labels that sum to 1, "
                 f"got a sum of {float(sums[off.argmax()]):.6g}"
             ),
         )
+        soft = soft / sums
     else:
         raise InputError(
             f"expected `targets` as class indices (B,) of an integer dtype or soft labels "
