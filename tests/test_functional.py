@@ -617,11 +617,15 @@ def random_mask(kind: str) -> dict[str, object]:
         "causal": {"is_causal": True},
         "bool": {"attn_mask": allowed},
         "additive": {"attn_mask": randn(9, 2, 1, 6, 6)},
+        "of each head": {"attn_mask": randn(9, 3, 6, 6)},
+        "three axes": {"attn_mask": randn(9, 1, 6, 6)},
         "forbidding": {"attn_mask": torch.zeros(2, 3, 6, 6).masked_fill(~allowed, -math.inf)},
     }[kind]
 
 
-@pytest.mark.parametrize("mask", ["none", "causal", "bool", "additive", "forbidding"])
+@pytest.mark.parametrize(
+    "mask", ["none", "causal", "bool", "additive", "of each head", "three axes", "forbidding"]
+)
 @pytest.mark.parametrize(("width", "value_width"), [(4, 4), (5, 3), (3, 9), (16, 16), (255, 255)])
 def test_riding_shares_change_neither_output_nor_gradients(mask, width, value_width):
     """Whatever the widths: within the fused kernels' greatest (256) and beyond, with the shares."""

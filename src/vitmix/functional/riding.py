@@ -53,6 +53,8 @@ def attend(
     Returns:
         ``(B, H, N, e)`` with gradient; ``(B, N, K)``, the mean over heads, without.
     """
+    if attn_mask is not None and attn_mask.ndim == 3:  # the CPU's kernel takes two axes or four
+        attn_mask = attn_mask[None]
     if _cpu_kernel_fits(query, key, value, attn_mask):
         output, attended = _RideOnCpu.apply(query, key, value, riders, attn_mask, is_causal, scale)
         return output, attended
