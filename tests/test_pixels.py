@@ -235,6 +235,17 @@ def test_released_token_mix() -> None:
     drawn = vitmix.TokenMix.released().plan(4, (224, 224), grid=(14, 14))
     assert drawn.partner.tolist() == [3, 2, 1, 0]
     assert 100 <= int(drawn.mask.sum()) <= 112
+    # Stored results were made by these draws.
+    rng = torch.Generator().manual_seed(0)
+    drawn = vitmix.TokenMix.released().plan(4, (224, 224), grid=(14, 14), generator=rng)
+    assert drawn.mask[0].sum(1).tolist() == [4, 12, 12, 12, 9, 9, 5, 6, 11, 9, 6, 5, 8, 4]
+
+
+@pytest.mark.parametrize("alpha", [0.02, 1.0])
+def test_a_fixed_share_knows_no_alpha(alpha: float) -> None:
+    """Beta(0.02, 0.02) is 1 within rounding in one of four draws."""
+    drawn = plan(vitmix.TokenMix(alpha, mask="random", lam=0.5, draw="element"), 200)
+    assert drawn.lam.tolist() == [0.5] * 200
 
 
 @given(

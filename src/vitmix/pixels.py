@@ -134,8 +134,9 @@ class PixelMix(ABC):
     def _mixed(self, count: int, rng: np.random.Generator) -> np.ndarray:
         return rng.random(count) < self.prob
 
-    def _lam(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        return np.where(self._mixed(count, rng), rng.beta(self.alpha, self.alpha, count), 1.0)
+    def _lam(self, count: int, rng: np.random.Generator, fixed: float | None = None) -> np.ndarray:
+        mixed, drawn = self._mixed(count, rng), rng.beta(self.alpha, self.alpha, count)
+        return np.where(mixed, drawn if fixed is None else fixed, 1.0)
 
 
 class Mixup(PixelMix):
@@ -269,9 +270,7 @@ class TokenMix(PixelMix):
         """Draw masks on the token grid."""
         if self.patch is not None:
             grid = (max(1, size[0] // self.patch), max(1, size[1] // self.patch))
-        lams = self._lam(count, rng)
-        if self.fixed_lam is not None:
-            lams = np.where(lams < 1.0, self.fixed_lam, 1.0)
+        lams = self._lam(count, rng, self.fixed_lam)
         if self.kind == "block":
             masks = _token_masks(
                 block_mask,
