@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
 from collections.abc import Iterator
@@ -373,6 +374,39 @@ def test_weights_of_a_named_teacher(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "tensors differ" in capsys.readouterr().err
     assert main([*common, str(tmp_path / "10.safetensors")]) == 0
     assert vitmix.TeacherMaps(tmp_path / "maps").facts["teacher"].startswith("cct_2_3x2_32 ")
+
+
+def test_a_named_teacher_sees_images_as_in_its_own_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A student's images have its own mean and deviation; where they agree, nothing is done."""
+    from vitmix.train import run, teachers
+    from vitmix.train.augment import normalise
+
+    own, other = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), ((0.48, 0.45, 0.4), (0.23, 0.22, 0.225))
+    pixels = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    classes = torch.tensor([0, 3, 1, 2])
+    plain = make_cct().eval()
+
+    def found(*args: Any, **options: Any) -> teachers.Teacher:
+        return teachers.Teacher("some", copy.deepcopy(plain), 32, *own)
+
+    monkeypatch.setattr(teachers, "find_teacher", found)
+    data = load_data(TrainConfig(data="fake:8x32x40"))
+    config = TrainConfig(teacher="some")
+    maps = vitmix.ActivationMaps(plain)(normalise(pixels, *own), classes)
+    for mean, std in (own, other):
+        given = dataclasses.replace(data, mean=mean, std=std)
+        teacher = pickle.loads(pickle.dumps(run._make_teacher(config, given)))
+        assert teacher.state_dict().keys() == plain.state_dict().keys()
+        assert bool(teacher._forward_pre_hooks) == (mean != own[0])
+        images = normalise(pixels, mean, std)
+        seen = vitmix.ActivationMaps(teacher)(images, classes)
+        torch.testing.assert_close(seen, maps, atol=1e-5, rtol=1e-4)
+        if mean == own[0]:
+            assert torch.equal(seen, maps)
+        else:
+            assert not torch.allclose(vitmix.ActivationMaps(plain)(images, classes), maps)
 
 
 def test_jitter_leaves_maps_alone() -> None:

@@ -315,7 +315,9 @@ def _make_teacher(config: TrainConfig, data: ImageData) -> nn.Module:
     classes = len(data.classes)
     if config.teacher == "auto":
         return make_model(replace(config, pretrained=False), classes, data.img_size).eval()
-    return named_teacher(config.teacher, data.classes, data.name, data.img_size)
+    return named_teacher(
+        config.teacher, data.classes, data.name, data.img_size, mean=data.mean, std=data.std
+    )
 
 
 def _fill_teacher(

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from vitmix.errors import InputError
 from vitmix.models import cct_names, create_model, input_side
 from vitmix.train.checkpoint import load_trained
@@ -13,9 +15,11 @@ from vitmix.train.data import IMAGENET_MEAN, IMAGENET_STD
 from vitmix.weights import read_weights
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 __all__ = ["Teacher", "find_teacher", "named_teacher"]
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,25 @@ def find_teacher(
     return Teacher(" ".join(filter(None, (model, checkpoint))), network.eval(), side, mean, std)
 
 
-def named_teacher(teacher: str, classes: tuple[str, ...], data: str, side: int) -> nn.Module:
+def named_teacher(
+    teacher: str,
+    classes: tuple[str, ...],
+    data: str,
+    side: int,
+    *,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> nn.Module:
     """What ``--teacher`` names: a run folder, a checkpoint, or a pretrained model.
+
+    Args:
+        teacher: the name.
+        classes: what it must know.
+        data: the data set that the classes are of, for messages.
+        side: side of the images.
+        mean: that the images it will be given are normalised by; they are turned into what it was
+            trained on. By default they are that already.
+        std: likewise.
 
     Raises:
         InputError: nothing there, or a classifier of other classes or for other images.
@@ -103,7 +124,29 @@ def named_teacher(teacher: str, classes: tuple[str, ...], data: str, side: int) 
         raise InputError(
             f"expected a teacher for images of side {side}, {teacher} is for {found.side}"
         )
+    given = (tuple(mean or found.mean), tuple(std or found.std))
+    if given != (tuple(found.mean), tuple(found.std)):
+        found.model.register_forward_pre_hook(_Renormalise(given, (found.mean, found.std)))
     return found.model
+
+
+class _Renormalise:
+    """A hook: a model is given images with the mean and standard deviation that it was trained on.
+
+    Args:
+        given: mean and standard deviation by which images come in, a number a channel.
+        wanted: those of the model.
+    """
+
+    def __init__(self, given: Statistics, wanted: Statistics) -> None:
+        mean, std = torch.tensor(given, dtype=torch.float64)
+        own_mean, own_std = torch.tensor(wanted, dtype=torch.float64)
+        self.scale = (std / own_std)[:, None, None]
+        self.shift = ((mean - own_mean) / own_std)[:, None, None]
+
+    def __call__(self, model: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        scale, shift = (t.to(args[0], non_blocking=True) for t in (self.scale, self.shift))
+        return (args[0] * scale + shift, *args[1:])
 
 
 def _load(network: nn.Module, model: str, checkpoint: str) -> None:
