@@ -16,6 +16,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import references
 import vitmix.functional as vf
 from vitmix.errors import InputError
+from vitmix.functional.grids import refine
+from vitmix.functional.reach import halos
 
 few = settings(max_examples=40, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
@@ -823,3 +825,36 @@ def test_soft_cross_entropy_is_the_formula(seed, batch, classes, scale, dtype):
 def test_soft_cross_entropy_refuses_other_shapes():
     with pytest.raises(InputError, match=r"\(2, 3\) and \(2, 4\)"):
         vf.soft_cross_entropy(randn(0, 2, 3), softmax(0, 2, 4))
+
+
+# Grids
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: vf.windows((6, 4), (2, 2), (1, 1)), lambda: halos((6, 4), 2, 1)]
+)
+def test_tables_of_windows_belong_to_their_caller(make):
+    """Whatever one does to a table, and wherever the first was made, the next is right."""
+    with torch.device("meta"), torch.inference_mode():
+        first = make().clone()
+    assert first.device.type == "cpu"
+    make().add_(1)
+    assert torch.equal(make(), first)
+    assert not make().is_inference()
+
+
+@pytest.mark.parametrize(("old", "new"), [((4, 4), (9, 9)), ((2, 3), (5, 7)), ((1, 4), (1, 9))])
+def test_tokens_left_over_have_the_shares_of_the_last_cell(old, new):
+    """A query grid that was rounded down leaves a row and a column that no query stands for."""
+    shares = softmax(0, 2, 1 + old[0] * old[1], 3)
+    fine = refine(shares, old, new, num_prefix_tokens=1)
+    close(fine.sum(-1), np.ones(fine.shape[:2]))
+    coarse, fine = shares[:, 1:].view(2, *old, 3), fine[:, 1:].view(2, *new, 3)
+    close(fine[:, -1, -1], coarse[:, -1, -1])
+    close(fine[:, 0, 0], coarse[:, 0, 0])
+
+
+def test_reduced_queries_are_restored_on_any_grid():
+    reach = vf.Reach((9, 9), queries=(4, 4), restored=True)
+    merged = reach.merged(softmax(0, 2, 16, 3))
+    close(merged.sum(-1), np.ones((2, 81)))

@@ -80,6 +80,8 @@ def coarsen(
 def refine(shares: Tensor, old: Grid, new: Grid, *, num_prefix_tokens: int = 0) -> Tensor:
     """Shares on a finer grid: each token has those of the one that stood for it.
 
+    Tokens at the end of an axis that none stood for have those of the last.
+
     Args:
         shares: ``(B, num_prefix_tokens + h * w, K)``, rows sum to 1.
         old: ``(h, w)``.
@@ -94,8 +96,7 @@ def refine(shares: Tensor, old: Grid, new: Grid, *, num_prefix_tokens: int = 0) 
         tensor([1., 1., 0., 0.])
     """
     prefix, image = shares[:, :num_prefix_tokens], shares[:, num_prefix_tokens:]
-    rows, columns = (axis.to(shares, non_blocking=True) for axis in _axes(new, old, None))
-    rows, columns = rows / rows.sum(0), columns / columns.sum(0)
+    rows, columns = (_owners(axis).to(shares, non_blocking=True) for axis in _axes(new, old, None))
     image = image.reshape(len(image), *old, -1)
     with no_autocast(shares):
         tokens = torch.einsum("ih,jw,bijk->bhwk", rows, columns, image)
@@ -122,6 +123,13 @@ def spread(saliency: Tensor, new: Grid, old: Grid, *, cell: Grid | None = None) 
     with no_autocast(saliency):
         tokens = torch.einsum("ih,jw,bij->bhw", rows, columns, saliency.view(-1, *new))
     return tokens.flatten(1)
+
+
+def _owners(cells: Tensor) -> Tensor:
+    """Cells ``(new, old)`` whose last has the tokens of none, too; columns sum to 1."""
+    left = torch.zeros_like(cells)
+    left[-1] = cells.sum(0) == 0
+    return (cells + left) / (cells + left).sum(0)
 
 
 def _axes(old: Grid, new: Grid, cell: Grid | None) -> list[Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +20,6 @@ from vitmix.functional.grids import Grid, coarsen, refine, spread
 __all__ = ["Reach", "halos", "windows"]
 
 
-@lru_cache(maxsize=256)
 def windows(
     grid: Grid,
     window: Grid,
@@ -51,24 +51,29 @@ def windows(
         tensor([[0, 2, 4, 6],
                 [1, 3, 5, 7]])
     """
+    return torch.from_numpy(_windows(grid, window, shift, pad_first, dilated).copy())
+
+
+# Tables are kept as arrays: a tensor is made on the device, or in the mode, of its first caller.
+@lru_cache(maxsize=256)
+def _windows(grid: Grid, window: Grid, shift: Grid, pad_first: bool, dilated: bool) -> np.ndarray:
     height, width = grid
     padding = height * width
-    numbers = torch.arange(padding).view(height, width)
-    margin = (0, -width % window[1], 0, -height % window[0])
+    numbers = np.arange(padding, dtype=np.int64).reshape(height, width)
+    margin = ((0, -height % window[0]), (0, -width % window[1]))
     if pad_first:
-        numbers = F.pad(numbers, margin, value=padding)
-    numbers = numbers.roll((-shift[0], -shift[1]), (0, 1))
+        numbers = np.pad(numbers, margin, constant_values=padding)
+    numbers = np.roll(numbers, (-shift[0], -shift[1]), (0, 1))
     if not pad_first:
-        numbers = F.pad(numbers, margin, value=padding)
+        numbers = np.pad(numbers, margin, constant_values=padding)
     rows, columns = numbers.shape[0] // window[0], numbers.shape[1] // window[1]
     if dilated:
-        cut = numbers.view(window[0], rows, window[1], columns).permute(1, 3, 0, 2)
+        cut = numbers.reshape(window[0], rows, window[1], columns).transpose(1, 3, 0, 2)
     else:
-        cut = numbers.view(rows, window[0], columns, window[1]).permute(0, 2, 1, 3)
+        cut = numbers.reshape(rows, window[0], columns, window[1]).transpose(0, 2, 1, 3)
     return cut.reshape(-1, window[0] * window[1])
 
 
-@lru_cache(maxsize=256)
 def halos(grid: Grid, window: int, halo: int) -> Tensor:
     """Square windows that reach into their neighbours.
 
@@ -85,10 +90,18 @@ def halos(grid: Grid, window: int, halo: int) -> Tensor:
         tensor([[2, 2, 2, 2, 0, 1, 2, 2, 2],
                 [2, 2, 2, 0, 1, 2, 2, 2, 2]])
     """
+    return torch.from_numpy(_halos(grid, window, halo).copy())
+
+
+@lru_cache(maxsize=256)
+def _halos(grid: Grid, window: int, halo: int) -> np.ndarray:
     padding = grid[0] * grid[1]
-    numbers = F.pad(torch.arange(padding).view(grid), [halo] * 4, value=padding)
+    numbers = np.pad(
+        np.arange(padding, dtype=np.int64).reshape(grid), halo, constant_values=padding
+    )
     size = window + 2 * halo
-    return numbers.unfold(0, size, window).unfold(1, size, window).reshape(-1, size * size)
+    cut = np.lib.stride_tricks.sliding_window_view(numbers, (size, size))[::window, ::window]
+    return cut.reshape(-1, size * size)
 
 
 @dataclass(frozen=True)
