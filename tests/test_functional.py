@@ -341,6 +341,11 @@ def test_plan_of_bf16_saliency_is_that_of_its_values(case):
     check_plan(plan, saliency, easy, 0.003)
 
 
+def test_plan_refuses_unknown_labels():
+    with pytest.raises(InputError, match="'saliency' or 'area', got 'foo'"):
+        vf.horizontal_plan(torch.rand(2, 3), torch.ones(2) > 0, 0.0, relabel="foo")
+
+
 @few
 @given(batches())
 def test_plan_leaves_hard_samples_and_weights_lie_between_0_and_1(case):

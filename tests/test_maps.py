@@ -70,6 +70,15 @@ def test_maps_are_those_of_the_teacher(tmp_path: Path) -> None:
         assert torch.equal(again[rows], maps[rows])
 
 
+def test_rows_that_are_none_are_refused(tmp_path: Path) -> None:
+    maps = vitmix.store_maps(tmp_path, red, Batches(), 23)
+    for rows in (-1, 23, True, torch.tensor([0.5]), torch.tensor([True] * 23)):
+        with pytest.raises(vitmix.InputError, match="from 0 to 22, got"):
+            maps[rows]
+    assert len(list(maps)) == 23
+    assert maps[torch.tensor([], dtype=torch.long)].shape == (0, 8, 8)
+
+
 def test_an_empty_map_stays_empty() -> None:
     maps = torch.stack((torch.zeros(4, 4), torch.eye(4) * 1e-6))
     assert as_uint8(maps).amax((1, 2)).tolist() == [0, 255]
@@ -181,6 +190,9 @@ def test_steps_say_what_they_miss(tmp_path: Path) -> None:
         (vitmix.TeacherLabels(red), torch.arange(4), "TeacherLabels has no use for"),
         (vitmix.TeacherLabels(maps=maps), torch.arange(3), r"expected `maps` \(4, h, w\)"),
         (vitmix.TeacherLabels(maps=maps), torch.rand(4), r"rows \(4,\) of whole numbers"),
+        (vitmix.TeacherLabels(maps=maps), torch.ones(4) > 0, r"rows \(4,\) of whole numbers"),
+        (vitmix.TeacherLabels(maps=maps), torch.tensor([0, 1, 2, -1]), "from 0 to 22, got"),
+        (vitmix.TeacherLabels(maps=maps), torch.tensor([0, 1, 2, 23]), "from 0 to 22, got"),
         (vitmix.TeacherLabels(maps=maps), torch.rand(4, 1, 8, 8), r"got \(4, 1, 8, 8\)"),
     ]
     for labels, given, message in cases:

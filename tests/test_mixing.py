@@ -166,6 +166,7 @@ BAD: list[tuple[str, Callable[[], object], str]] = [
     ("vertical block", lambda: make_with([vitmix.VerticalTokenMixup(block=9)]), "got 9"),
     ("vertical at 0", lambda: vitmix.VerticalTokenMixup(block=0), "block 1 or later"),
     ("kappa", lambda: vitmix.VerticalTokenMixup(kappa=0), "kappa"),
+    ("part of a token", lambda: vitmix.VerticalTokenMixup(kappa=2.5), "an integer"),
     ("rollout", lambda: make_with([horizontal(saliency="rollout", rollout_steps=3)]), "rollout"),
     ("rho", lambda: horizontal(rho=-1.0), "rho"),
     ("tau", lambda: horizontal(tau=math.nan), "tau"),
@@ -212,6 +213,7 @@ def test_bad_arguments(build: Callable[[], object], message: str) -> None:
         (torch.zeros(6, 3), "targets"),
         (torch.zeros(6), "integer"),
         (torch.zeros(5, dtype=torch.long), "as many targets"),
+        (torch.tensor(3), "as many targets"),
         (None, "targets in training"),
     ],
 )
@@ -220,6 +222,13 @@ def test_bad_targets(targets: torch.Tensor | None, message: str) -> None:
     with pytest.raises(vitmix.InputError, match=message):
         mixing(batch()[0], targets)
     assert hooks(mixing.model) == 0
+
+
+@pytest.mark.parametrize("method", ["horizontal", "cutmix"])
+def test_an_empty_batch(method: str) -> None:
+    images, targets = batch()
+    with pytest.raises(vitmix.InputError, match="at least one"):
+        make("cct", method).train()(images[:0], targets[:0])
 
 
 def test_kappa_beyond_the_tokens() -> None:

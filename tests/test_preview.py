@@ -237,6 +237,10 @@ def test_saving(tmp_path: Path) -> None:
         ({"classes": ["a"]}, "7 names in `classes`, got 1"),
         ({"samples": [9]}, "from 0 to 5, got"),
         ({"samples": 0}, "at least 1, got 0 and 1"),
+        ({"samples": -1}, "at least 1, got -1 and 1"),
+        ({"samples": []}, "at least 1"),
+        ({"mean": [0.5] * 3}, "got mean alone"),
+        ({"std": [0.5] * 3}, "got std alone"),
         ({"draws": 0}, "at least 1, got 3 and 0"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,22 @@ class TeacherMaps:
     def __len__(self) -> int:
         return len(self._array)
 
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[row] for row in range(len(self)))
+
     def __getitem__(self, rows: int | Tensor) -> Tensor:
-        """Maps of these images: ``(h, w)`` of one, ``(..., h, w)`` of a tensor of rows; uint8."""
-        index = rows.cpu().numpy() if isinstance(rows, Tensor) else rows
+        """Maps of these images: ``(h, w)`` of one, ``(..., h, w)`` of a tensor of rows; uint8.
+
+        Raises:
+            InputError: rows that are no whole numbers from 0 on, or beyond the last.
+        """
+        index = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows)
+        inside = index.dtype.kind in "iu" and np.all((index >= 0) & (index < len(self)))
+        if not inside:
+            raise InputError(
+                f"expected rows of stored maps as whole numbers from 0 to {len(self) - 1}, got "
+                f"{rows}; rows are those of the data set that the maps were made of"
+            )
         return torch.from_numpy(np.array(self._array[index]))
 
     def __repr__(self) -> str:

@@ -157,9 +157,9 @@ class MixingModel(nn.Module):
                 f"looked for a pooling that {type(labels).__name__} can follow, found "
                 f"{backbone.alignment_reason}. The model was not changed."
             )
+        _require_apart(tokens)
         if len({id(stage) for stage in tokens}) < len(tokens):
             raise InputError("expected each token stage once in `tokens`, got one twice")
-        _require_apart(tokens)
         like = next(model.parameters())
         try:
             for stage in tokens:
@@ -346,9 +346,9 @@ class MixingModel(nn.Module):
             raise InputError(
                 "expected targets in training mode, got none; call .eval() to predict without"
             )
-        if images.ndim != 4 or len(images) != len(targets):
+        if images.ndim != 4 or not len(images) or targets.shape[:1] != images.shape[:1]:
             raise InputError(
-                "expected images (B, C, H, W) and as many targets, "
+                "expected images (B, C, H, W), at least one, and as many targets, "
                 f"got {tuple(images.shape)} and {tuple(targets.shape)}"
             )
         self._require_maps(maps, len(images))
@@ -481,7 +481,7 @@ class MixingModel(nn.Module):
             )
         if maps is None:
             return
-        rows = maps.ndim == 1 and not maps.is_floating_point()
+        rows = maps.ndim == 1 and not (maps.is_floating_point() or maps.dtype == torch.bool)
         if len(maps) != count or not (rows or maps.ndim == 3):
             raise InputError(
                 f"expected `maps` ({count}, h, w), or rows ({count},) of whole numbers, "
@@ -521,7 +521,7 @@ def _require_earlier(stage: VerticalTokenMixup, backbone: Backbone) -> None:
 def _require_apart(stages: Sequence[TokenStage]) -> None:
     """Check that what a stage that mixes did can be told by its kind and its block."""
     taken: set[tuple[str, int]] = set()
-    for stage in stages:
+    for stage in dict.fromkeys(stages):
         places = {(stage.short_name, block) for block in stage.blocks}
         if isinstance(stage, TokenMixer) and taken & places:
             raise InputError(

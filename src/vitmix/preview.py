@@ -94,8 +94,14 @@ def preview(
             f"expected {mixing.num_classes} names in `classes`, got {len(classes)}: "
             "one for each class of the model"
         )
-    if samples == 0 or draws < 1:
+    count = samples if isinstance(samples, int) else len(samples)
+    if count < 1 or draws < 1:
         raise InputError(f"expected `samples` and `draws` of at least 1, got {samples} and {draws}")
+    if (mean is None) != (std is None):
+        raise InputError(
+            f"expected both `mean` and `std`, or neither, got {'mean' if std is None else 'std'} "
+            "alone"
+        )
     labels = targets if targets.ndim == 1 else targets.argmax(1)
     steps = []
     for attempt in range(draws):

@@ -86,7 +86,7 @@ class MixOutput:
 
     Attributes:
         logits: ``(B, C)``; a pair for a distilled model in distilled training.
-        targets: ``(B, C)`` float32, rows sum to 1.
+        targets: ``(B, C)`` float32; rows sum to 1, but for ``TeacherLabels(normalise=False)``.
         aux_loss: scalar, ScoreNet's weighted loss; 0 without horizontal mixing.
         stats: scalars without gradient, for logging.
         trace: what was mixed.

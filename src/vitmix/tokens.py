@@ -408,7 +408,7 @@ class VerticalTokenMixup(TokenStage):
         stop_gradient: whether collected tokens carry no gradient.
 
     Raises:
-        InputError: block 0, which no block precedes, or ``kappa`` below 1.
+        InputError: block 0, which no block precedes, or ``kappa`` not an integer of at least 1.
     """
 
     short_name = "vertical"
@@ -421,8 +421,8 @@ class VerticalTokenMixup(TokenStage):
                 "no earlier block has tokens to collect"
             )
         _require_block(block)
-        if kappa < 1:
-            raise InputError(f"expected `kappa` of at least 1, got {kappa}")
+        if isinstance(kappa, bool) or not isinstance(kappa, int) or kappa < 1:
+            raise InputError(f"expected `kappa` as an integer of at least 1, got {kappa!r}")
         self.block = block
         self.kappa = kappa
         self.stop_gradient = stop_gradient

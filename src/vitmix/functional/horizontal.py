@@ -56,7 +56,7 @@ def horizontal_plan(
         The plan, for :func:`apply_horizontal`.
 
     Raises:
-        InputError: shapes that don't fit.
+        InputError: shapes that don't fit, or an unknown ``relabel`` or ``assignment``.
 
     Example:
         >>> plan = horizontal_plan(
@@ -70,6 +70,8 @@ def horizontal_plan(
             "expected `saliency` (B, N) and `easy` (B,), "
             f"got {tuple(saliency.shape)} and {tuple(easy.shape)}"
         )
+    if relabel not in ("saliency", "area"):
+        raise InputError(f"expected `relabel` 'saliency' or 'area', got {relabel!r}")
     saliency, easy = wide(saliency), easy.bool()
     if candidates is None:
         partner = optimal_partners(saliency, easy, rho, assignment)
