@@ -13,6 +13,7 @@ from torch import nn
 import vitmix
 from contract import METHODS, hooks, horizontal, make
 from models import FAMILIES, NUM_CLASSES, batch, make_cct, make_vit
+from vitmix import gradient
 
 pytest.importorskip("timm")
 
@@ -257,6 +258,23 @@ def test_a_stage_can_be_used_again_after_a_refusal() -> None:
     with pytest.raises(vitmix.InputError, match="twice"):
         make_with([first, first])
     make_with([first]).train()(*batch()).loss().backward()
+
+
+def test_gradient_saliency_of_samples_without_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a cross-entropy of 1e-5 the gradient, by itself, is below what float16 tells from 0."""
+    torch.manual_seed(0)
+    model, (images, _) = make_vit(), batch()
+    model.head.weight.data.mul_(60)  # type: ignore[union-attr, operator]
+    targets = torch.eye(NUM_CLASSES)[model(images).argmax(1)]
+
+    def found() -> torch.Tensor:
+        return gradient.gradient_saliency(model, vitmix.describe(model), 1, images, targets)
+
+    wide = found()
+    with torch.autocast("cpu", torch.float16):
+        torch.testing.assert_close(found(), wide, atol=1e-3, rtol=0)
+    monkeypatch.setattr(gradient, "SCALE", 1.0)
+    assert torch.equal(found(), wide)
 
 
 def test_gradient_saliency_of_two_blocks() -> None:

@@ -15,6 +15,9 @@ from vitmix.replay import add_to_tokens
 
 __all__ = ["gradient_saliency", "logits_of"]
 
+# Of the loss, for gradients that float16 would round to 0. A power of two changes no other digit.
+SCALE = 2.0**10
+
 
 def logits_of(output: Any) -> Any:
     """Logits in what a model returns: itself, or its ``.logits`` (transformers)."""
@@ -58,7 +61,7 @@ def gradient_saliency(
         with uncompiled(), aside([model], images.device), torch.enable_grad():
             logits = logits_of(model(images))
             logits = logits[0] if isinstance(logits, tuple) else logits
-            loss = soft_cross_entropy(logits, targets)
+            loss = soft_cross_entropy(logits, targets) * SCALE
             (gradient,) = torch.autograd.grad(loss, leaves)
     finally:
         for handle in handles:
