@@ -23,7 +23,7 @@ __all__ = ["Reach", "halos", "windows"]
 def windows(
     grid: Grid,
     window: Grid,
-    shift: Grid = (0, 0),
+    shift: tuple[int, ...] = (0, 0),
     *,
     pad_first: bool = False,
     dilated: bool = False,
