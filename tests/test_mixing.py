@@ -252,7 +252,7 @@ def test_a_stage_belongs_to_one_model() -> None:
 
 
 def test_a_stage_can_be_used_again_after_a_refusal() -> None:
-    first, second = horizontal(), horizontal(pool="class_token")
+    first, second = horizontal(), horizontal(block=2, pool="class_token")
     with pytest.raises(vitmix.InputError, match="class token"):
         make_with([first, second])
     with pytest.raises(vitmix.InputError, match="twice"):
