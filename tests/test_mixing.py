@@ -13,7 +13,6 @@ from torch import nn
 import vitmix
 from contract import METHODS, hooks, horizontal, make
 from models import FAMILIES, NUM_CLASSES, batch, make_cct, make_vit
-from vitmix import gradient
 
 pytest.importorskip("timm")
 
@@ -268,12 +267,13 @@ def test_gradient_saliency_of_samples_without_doubt(monkeypatch: pytest.MonkeyPa
     targets = torch.eye(NUM_CLASSES)[model(images).argmax(1)]
 
     def found() -> torch.Tensor:
-        return gradient.gradient_saliency(model, vitmix.describe(model), 1, images, targets)
+        backbone = vitmix.describe(model)
+        return vitmix.gradient.gradient_saliency(model, backbone, 1, images, targets)
 
     wide = found()
     with torch.autocast("cpu", torch.float16):
         torch.testing.assert_close(found(), wide, atol=1e-3, rtol=0)
-    monkeypatch.setattr(gradient, "SCALE", 1.0)
+    monkeypatch.setattr(vitmix.gradient, "SCALE", 1.0)
     assert torch.equal(found(), wide)
 
 

@@ -518,6 +518,14 @@ def _require_earlier(stage: VerticalTokenMixup, backbone: Backbone) -> None:
         )
 
 
+def _require_unattached(stage: HorizontalTokenMixup) -> None:
+    if stage.scorenet is not None:
+        raise InputError(
+            "expected a HorizontalTokenMixup of its own for each MixingModel, "
+            "got one whose ScoreNet belongs to another"
+        )
+
+
 def _require_apart(stages: Sequence[TokenStage]) -> None:
     """Check that what a stage that mixes did can be told by its kind and its block."""
     taken: set[tuple[str, int]] = set()
@@ -529,11 +537,3 @@ def _require_apart(stages: Sequence[TokenStage]) -> None:
                 f"got two that may act at block {min(taken & places)[1]}"
             )
         taken |= places
-
-
-def _require_unattached(stage: HorizontalTokenMixup) -> None:
-    if stage.scorenet is not None:
-        raise InputError(
-            "expected a HorizontalTokenMixup of its own for each MixingModel, "
-            "got one whose ScoreNet belongs to another"
-        )

@@ -103,6 +103,13 @@ def refine(shares: Tensor, old: Grid, new: Grid, *, num_prefix_tokens: int = 0) 
     return torch.cat((prefix, tokens.flatten(1, 2)), 1)
 
 
+def _owners(cells: Tensor) -> Tensor:
+    """Cells ``(new, old)`` whose last has the tokens of none, too; columns sum to 1."""
+    left = torch.zeros_like(cells)
+    left[-1] = cells.sum(0) == 0
+    return (cells + left) / (cells + left).sum(0)
+
+
 def spread(saliency: Tensor, new: Grid, old: Grid, *, cell: Grid | None = None) -> Tensor:
     """Saliency on the finer grid that was coarsened: a cell's is divided evenly among its tokens.
 
@@ -123,13 +130,6 @@ def spread(saliency: Tensor, new: Grid, old: Grid, *, cell: Grid | None = None) 
     with no_autocast(saliency):
         tokens = torch.einsum("ih,jw,bij->bhw", rows, columns, saliency.view(-1, *new))
     return tokens.flatten(1)
-
-
-def _owners(cells: Tensor) -> Tensor:
-    """Cells ``(new, old)`` whose last has the tokens of none, too; columns sum to 1."""
-    left = torch.zeros_like(cells)
-    left[-1] = cells.sum(0) == 0
-    return (cells + left) / (cells + left).sum(0)
 
 
 def _axes(old: Grid, new: Grid, cell: Grid | None) -> list[Tensor]:
