@@ -77,6 +77,13 @@ def coarsen(
     return torch.cat((prefix, cells.flatten(1, 2)), 1)
 
 
+def _owners(cells: Tensor) -> Tensor:
+    """Cells ``(new, old)`` whose last has the tokens of none, too; columns sum to 1."""
+    left = torch.zeros_like(cells)
+    left[-1] = cells.sum(0) == 0
+    return (cells + left) / (cells + left).sum(0)
+
+
 def refine(shares: Tensor, old: Grid, new: Grid, *, num_prefix_tokens: int = 0) -> Tensor:
     """Shares on a finer grid: each token has those of the one that stood for it.
 
@@ -101,13 +108,6 @@ def refine(shares: Tensor, old: Grid, new: Grid, *, num_prefix_tokens: int = 0) 
     with no_autocast(shares):
         tokens = torch.einsum("ih,jw,bijk->bhwk", rows, columns, image)
     return torch.cat((prefix, tokens.flatten(1, 2)), 1)
-
-
-def _owners(cells: Tensor) -> Tensor:
-    """Cells ``(new, old)`` whose last has the tokens of none, too; columns sum to 1."""
-    left = torch.zeros_like(cells)
-    left[-1] = cells.sum(0) == 0
-    return (cells + left) / (cells + left).sum(0)
 
 
 def spread(saliency: Tensor, new: Grid, old: Grid, *, cell: Grid | None = None) -> Tensor:
