@@ -298,7 +298,7 @@ def _study(options: Any) -> None:
     from pathlib import Path
 
     from vitmix.evaluate.compare import parse_seeds
-    from vitmix.evaluate.measured import chosen_measures
+    from vitmix.evaluate.measured import check_measures, chosen_measures
     from vitmix.evaluate.study import read_study
     from vitmix.evaluate.study_runs import measure_runs, run_study
     from vitmix.evaluate.study_tables import show
@@ -311,9 +311,13 @@ def _study(options: Any) -> None:
         raise InputError(f"expected --jobs to be at least 1, got {jobs}")
     chosen = None if cells is None else [cell.strip() for cell in cells.split(",")]
     first, out = options.pop("seed", 0), options.pop("out", None)
-    if measures is not None:
-        chosen_measures(measures)
     study = read_study(name, options, chosen)
+    if measures is not None:
+        check_measures(chosen_measures(measures), study.cells[0].config)
+    elif limit is not None:
+        raise InputError("expected --limit with --measures; add it, or leave --limit out")
+    if limit is not None and limit < 1:
+        raise InputError(f"expected --limit to be at least 1, got {limit}")
     wanted = parse_seeds(seeds or str(study.seeds), first)
     folder = Path(out or f"runs/{study.name}").expanduser()
     store = None if stored is None else Path(stored).expanduser()

@@ -152,9 +152,7 @@ def _typed(settings: Any, where: str) -> dict[str, Any]:
         raise InputError(f"{error}, in {where}") from error
 
 
-def _cell(
-    name: str, shared: dict[str, Any], given: dict[str, Any], own: dict[str, Any]
-) -> Cell:
+def _cell(name: str, shared: dict[str, Any], given: dict[str, Any], own: dict[str, Any]) -> Cell:
     """A row: what all share, what the user gave instead, and what it is about itself."""
     settings = shared | given | own
     # A recipe of the user's is what rows are compared under, not one of the methods compared.
@@ -162,7 +160,10 @@ def _cell(
     config = TrainConfig.from_dict(with_model(beneath | settings))
     config.validate()
     spec = method_of(config)
-    idle = {*unused_options(spec), *(key for part in (*spec.mix, *spec.tokens) for key in part.args)}
+    stages = (*spec.mix, *spec.tokens)
+    idle = {*unused_options(spec), *(key for part in stages for key in part.args)}
     idle |= set() if spec.needs_teacher else {"teacher"}
-    defaults = {field.name: field.default for field in fields(TrainConfig)}
-    return Cell(name, replace(config, **{k: defaults[k] for k in (idle & set(given)) - set(own)}))
+    for entry in fields(config):
+        if entry.name in idle & given.keys() - own.keys():
+            setattr(config, entry.name, entry.default)
+    return Cell(name, config)
