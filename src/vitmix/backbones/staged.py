@@ -27,6 +27,7 @@ __all__ = [
     "describe_staged",
     "in_stages",
     "in_windows",
+    "pooled",
     "recomputes_of",
     "reduce_by",
     "stages_of",
@@ -216,6 +217,11 @@ def to_reduced(keys: int, queries: int, grid: Grid, *, restored: bool = False) -
         queries=reduce_by(grid, queries) if queries > 1 else None,
         restored=restored,
     )
+
+
+def pooled(side: int, grid: Grid) -> Reach:
+    """Keys averaged to so many a side, whatever the grid."""
+    return Reach(grid, keys=(side, side), adaptive=True)
 
 
 def in_windows(size: Grid, grid: Grid) -> Reach:
