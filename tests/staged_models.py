@@ -113,7 +113,7 @@ STAGED: dict[str, Staged] = {
         partial(make_swin, "swin_tiny_patch4_window7_224", 72, always_partition=True), side=72
     ),
     "swin-v2": Staged(partial(make_swin, "swinv2_tiny_window8_256")),
-    "swin-v2-cr": Staged(partial(make_swin, "swinv2_cr_tiny_224")),
+    "swin-v2-cr": Staged(partial(make_swin, "swinv2_cr_tiny_224", strict_img_size=False)),
     "coatnet": Staged(partial(make_maxxvit, ("C", "T", "T"), (1, 2, 2), norm_layer="batchnorm2d")),
     "maxvit": Staged(partial(make_maxxvit, ("M", "M"), (1, 1))),
     "maxvit-nchw": Staged(partial(make_maxxvit, ("M", "M"), (1, 1), use_nchw_attn=True)),

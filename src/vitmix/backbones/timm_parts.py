@@ -8,7 +8,14 @@ from typing import Any
 from vitmix.backbones.base import Block, Pooling, Reason
 from vitmix.errors import UnsupportedModelError
 
-__all__ = ["ROTARY", "blocks_of", "grid_of", "pooling_of", "require_all_tokens"]
+__all__ = [
+    "ROTARY",
+    "blocks_of",
+    "grid_of",
+    "pooling_of",
+    "require_all_tokens",
+    "whole_patches",
+]
 
 ROTARY = (
     "rotary position embedding (RoPE): a token that is put behind the others has no place in the "
@@ -76,8 +83,18 @@ def _grid(patch_embed: Any, size: tuple[int, int]) -> tuple[int, int]:
     # A network as patch embedding takes other sizes than its own too, where positions allow it.
     own = getattr(patch_embed, "img_size", None)
     fits = getattr(patch_embed, "strict_img_size", False) and own is not None and size == tuple(own)
-    rows, columns = patch_embed.grid_size if fits else patch_embed.dynamic_feat_size(size)
+    if fits:
+        rows, columns = patch_embed.grid_size
+    elif hasattr(patch_embed, "dynamic_feat_size"):
+        rows, columns = patch_embed.dynamic_feat_size(size)
+    else:
+        rows, columns = whole_patches(tuple(patch_embed.patch_size), size)
     return int(rows), int(columns)
+
+
+def whole_patches(patch: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Token grid of an input size: patches beside one another, what is left over cut off."""
+    return size[0] // patch[0], size[1] // patch[1]
 
 
 def pooling_of(model: Any) -> tuple[Pooling, Reason]:

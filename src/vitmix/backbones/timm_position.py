@@ -19,6 +19,7 @@ from vitmix.backbones.timm_parts import (
     grid_of,
     pooling_of,
     require_all_tokens,
+    whole_patches,
 )
 
 __all__ = ["LOOKS_FOR", "describe"]
@@ -84,7 +85,7 @@ def _describe_classifier(family: str, model: Any) -> Backbone:
     grid = (
         grid_of(encoder.patch_embed)
         if hasattr(encoder.patch_embed, "dynamic_feat_size")
-        else partial(_whole_patches, tuple(encoder.patch_size))
+        else partial(whole_patches, tuple(encoder.patch_size))
     )
     return Backbone(
         family=family,
@@ -113,7 +114,3 @@ def _position(vit: Any) -> Reason:
         if any(bias is not None for bias in own):
             return _BIASED
     return None
-
-
-def _whole_patches(patch: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    return size[0] // patch[0], size[1] // patch[1]
