@@ -32,6 +32,7 @@ EXPECTED = {
     "hf-ijepa": ("average", 0, False),
     "hf-clip": ("average", 1, True),
     "hf-siglip": ("average", 0, False),
+    "hf-timm": ("class_token", 1, True),
     "vit-pytorch": ("class_token", 1, True),
     "vit-pytorch-mean": ("average_all", 0, False),
     "vit-pytorch-simple": ("average_all", 0, False),
@@ -92,6 +93,30 @@ def test_attention_that_cannot_be_read_is_refused() -> None:
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(vitmix.UnsupportedModelError, match=r"sdpa.*found 'flash_attention_2'"):
         vitmix.describe(model)
+
+
+class Adapted(nn.Module):
+    """Names what it wraps as models of PEFT do."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def get_base_model(self) -> nn.Module:
+        return self.model
+
+
+@pytest.mark.parametrize(
+    ("wrap", "words"),
+    [
+        (Adapted, "give what its get_base_model"),
+        (torch.compile, "compile the MixingModel"),
+        (nn.DataParallel, "wrap the MixingModel"),
+    ],
+)
+def test_wrapped_models_are_refused_with_what_to_give(wrap: Any, words: str) -> None:
+    with pytest.raises(vitmix.UnsupportedModelError, match=words):
+        vitmix.describe(wrap(FAMILIES["vit"]()))
 
 
 def test_no_library_is_imported() -> None:

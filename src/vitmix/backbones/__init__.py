@@ -28,7 +28,7 @@ from vitmix.backbones import (
     unsupported,
     vit_pytorch,
 )
-from vitmix.backbones.base import Backbone, Block, Family, Pooling, Reason
+from vitmix.backbones.base import Backbone, Block, Family, Pooling, Reason, is_made_by
 from vitmix.backbones.custom import Grid, describe_by_hand
 from vitmix.errors import InputError, UnsupportedModelError
 
@@ -69,9 +69,10 @@ def describe(
 ) -> Backbone:
     """Find the blocks, token grid, prefix tokens and pooling of a model.
 
-    A model of a known family is described by itself. For any other the arguments behind ``model``
-    say what it is made of; then pass the result to ``vitmix.MixingModel(..., backbone=...)``. Its
-    blocks must take tokens ``(B, T, D)`` as first argument, give such tokens, attend once by
+    A model of a known family is described by itself, one of timm's also within the
+    ``TimmWrapperForImageClassification`` of transformers. For any other the arguments behind
+    ``model`` say what it is made of; then pass the result to ``vitmix.MixingModel(...,
+    backbone=...)``. Its blocks must take tokens ``(B, T, D)`` as first argument, give such tokens, attend once by
     ``scaled_dot_product_attention``, ``nn.MultiheadAttention`` or a softmax over ``(B, H, T, T)``,
     all tokens to all, and work token by token apart from that.
 
@@ -145,16 +146,17 @@ def describe(
             "expected `blocks` with arguments that describe a model by hand, got none; "
             "a model of a known family is described by itself"
         )
+    inner = _inside(model)
     for family in _FAMILIES:
-        backbone = family.describe(model)
+        backbone = family.describe(inner)
         if backbone is not None:
             return backbone.within(model)
-    kind = type(model)
+    kind = type(inner)
     raise UnsupportedModelError(
         f"looked for one of: {'; '.join(family.LOOKS_FOR for family in _FAMILIES)}; or `blocks` "
         f"given to vitmix.describe. Found {kind.__module__}.{kind.__qualname__}"
-        f"{unsupported.explain(model)} with children "
-        f"{[name for name, _ in model.named_children()]}. The model was not changed."
+        f"{unsupported.explain(inner)} with children "
+        f"{[name for name, _ in inner.named_children()]}. The model was not changed."
     )
 
 
@@ -176,6 +178,14 @@ def describe_pixels(model: nn.Module) -> Backbone:
             pooling="average",
             grid=_sixteenths,
         )
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """The model of timm that transformers wraps; any other model itself."""
+    wrapper = "transformers.models.timm_wrapper.modeling_timm_wrapper"
+    if is_made_by(model, wrapper, "TimmWrapperForImageClassification"):
+        return model.get_submodule("timm_model")
+    return model
 
 
 def _sixteenths(size: tuple[int, int]) -> tuple[int, int]:
