@@ -77,7 +77,7 @@ def test_described_pooling_is_what_reaches_the_logits(family: str) -> None:
         "average_all": set(range(tokens)),
         "class_and_average": {0} | images,
         "sequence": images,
-        "attention": set(range(tokens)) if backbone.pool_prefix else images,
+        "attention": set(range(tokens)) if getattr(model, "pool_include_prefix", True) else images,
     }
     assert reached == expected[backbone.pooling]
 

@@ -72,9 +72,9 @@ def describe(
     A model of a known family is described by itself, one of timm's also within the
     ``TimmWrapperForImageClassification`` of transformers. For any other the arguments behind
     ``model`` say what it is made of; then pass the result to ``vitmix.MixingModel(...,
-    backbone=...)``. Its blocks must take tokens ``(B, T, D)`` as first argument, give such tokens, attend once by
-    ``scaled_dot_product_attention``, ``nn.MultiheadAttention`` or a softmax over ``(B, H, T, T)``,
-    all tokens to all, and work token by token apart from that.
+    backbone=...)``. Its blocks must take tokens ``(B, T, D)`` as first argument, give such tokens,
+    attend once by ``scaled_dot_product_attention``, ``nn.MultiheadAttention`` or a softmax over
+    ``(B, H, T, T)``, all tokens to all, and work token by token apart from that.
 
     What differs from this is said block by block with a :class:`vitmix.Block`: parts in which
     vertical mixing acts (``entry``, ``attention``; the whole block otherwise), tokens laid out as a

@@ -15,6 +15,7 @@ from vitmix.functional.grids import Grid
 from vitmix.functional.reach import Reach
 
 __all__ = [
+    "GIVEN",
     "LAYOUTS",
     "POOLINGS",
     "Backbone",
@@ -42,6 +43,10 @@ Pooling = Literal[
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 # Why something cannot be done, for a message that begins "... found"; None if it can.
 Reason = str | None
+GIVEN = (
+    "further tensors given to each block (rotary embeddings, a position bias): a rollout cannot "
+    "know what later blocks are given"
+)
 
 
 def is_made_by(model: object, module: str, name: str) -> bool:
@@ -156,12 +161,13 @@ class Backbone:
             tokens in layers of its own.
         grid: token grid ``(h, w)`` at the first block, of an input of ``(height, width)`` pixels.
         pool_scores: for ``"sequence"``: module that gives one score ``(B, N, 1)`` a token.
-        pool_prefix: for ``"attention"``: whether the query sees prefix tokens too.
         class_layers: for ``"class_attention"``: number of those layers.
         recomputes: whether activations are recomputed in the backward pass just now.
         parts: modules around and between blocks, which may be where recomputation begins.
         alignment_reason: why shares cannot be followed to the output, or None if they can.
         vertical_reason: why a block cannot attend to more tokens than its own, or None if it can.
+        rollout_reason: why attention cannot be rolled out over several blocks, or None if nothing
+            but the blocks themselves stands in the way.
     """
 
     family: str
@@ -172,12 +178,12 @@ class Backbone:
     pooling: Pooling
     grid: Callable[[tuple[int, int]], Grid]
     pool_scores: nn.Module | None = None
-    pool_prefix: bool = True
     class_layers: int = 0
     recomputes: Callable[[], bool] = bool
     parts: tuple[nn.Module, ...] = ()
     alignment_reason: Reason = None
     vertical_reason: Reason = None
+    rollout_reason: Reason = None
 
     def __repr__(self) -> str:
         return f"Backbone({self.family!r}, {self.depth} blocks, pooling={self.pooling!r})"
@@ -271,20 +277,33 @@ class Backbone:
 
         Raises:
             UnsupportedModelError: tokens are merged on the way, attention is not global, or blocks
-                are no more than their attention.
+                are no more than their attention, have several, or are given more than tokens.
         """
-        if any(block.skip_outside for block in self.blocks[first : last + 1]):
+        if self.rollout_reason is not None:
+            raise UnsupportedModelError(
+                f"looked for blocks of {self.family} that take tokens alone for a rollout, found "
+                f"{self.rollout_reason}. Use saliency='attention'. The model was not changed."
+            )
+        blocks = self.blocks[first : last + 1]
+        if any(block.skip_outside for block in blocks):
             raise UnsupportedModelError(
                 f"looked for whole blocks from {first} to {last} of {self.family} for a rollout, "
                 "found attention whose tokens are added and whose MLP is called outside of it. "
                 "Use saliency='attention'. The model was not changed."
             )
         stages = {self.stage(index) for index in range(first, last + 1)}
-        if len(stages) > 1 or any(block.reach for block in self.blocks[first : last + 1]):
+        if len(stages) > 1 or any(block.reach for block in blocks):
             raise UnsupportedModelError(
                 f"looked for attention of all tokens to all from block {first} to {last} for a "
                 f"rollout, found windows, reduced keys or stages of different grids in "
                 f"{self.family}. Use saliency='attention'. The model was not changed."
+            )
+        attentions = max(block.attentions for block in blocks)
+        if attentions > 1:
+            raise UnsupportedModelError(
+                f"looked for one attention a block from {first} to {last} of {self.family} for a "
+                f"rollout, found {attentions} attentions in one. Use saliency='attention'. The "
+                "model was not changed."
             )
 
     def require_part_of(self, model: nn.Module) -> None:

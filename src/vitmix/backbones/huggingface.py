@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from vitmix.backbones.base import Backbone, Block, Pooling, Reason, is_made_by
+from vitmix.backbones.base import GIVEN, Backbone, Block, Pooling, Reason, is_made_by
 from vitmix.errors import UnsupportedModelError
 
 __all__ = ["LOOKS_FOR", "describe", "known_version", "recomputation", "require_readable"]
@@ -24,6 +24,8 @@ __all__ = ["LOOKS_FOR", "describe", "known_version", "recomputation", "require_r
 _ATTENTION = ("sdpa", "eager")
 # Where layers are, by model and by version of transformers.
 _LAYERS = ("layers", "encoder.layer", "encoder.layers")
+
+_SHARED = "use_shared_relative_position_bias"
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ def _describe(name: str, layout: _Layout, model: Any) -> Backbone:
         grid=partial(_grid, (patch, patch) if isinstance(patch, int) else tuple(patch)),
         recomputes=recomputation(model),
         vertical_reason=_position(config),
+        rollout_reason=GIVEN if getattr(config, _SHARED, False) else None,
     )
 
 
@@ -175,7 +178,7 @@ def recomputation(model: Any) -> Callable[[], bool]:
 
 
 def _position(config: Any) -> Reason:
-    for option in ("use_relative_position_bias", "use_shared_relative_position_bias"):
+    for option in ("use_relative_position_bias", _SHARED):
         if getattr(config, option, False):
             return (
                 f"relative position bias ({option}=True): a token that is put behind the others "

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from vitmix.backbones.base import Backbone, Reason, is_made_by
+from vitmix.backbones.base import GIVEN, Backbone, Reason, is_made_by
 from vitmix.backbones.timm_parts import (
     ROTARY,
     blocks_of,
@@ -70,6 +70,7 @@ def _describe(family: str, vit: Any) -> Backbone:
         recomputes=partial(getattr, vit, "grad_checkpointing", False),
         alignment_reason=reason,
         vertical_reason=_position(vit),
+        rollout_reason=GIVEN if _shares_position(vit) else None,
     )
 
 
@@ -98,15 +99,13 @@ def _describe_classifier(family: str, model: Any) -> Backbone:
         recomputes=partial(getattr, encoder, "grad_checkpointing", False),
         alignment_reason=reason,
         vertical_reason=ROTARY,
+        rollout_reason=GIVEN,
     )
 
 
 def _position(vit: Any) -> Reason:
-    if getattr(vit, "rope", None) is not None:
-        return ROTARY
-    shared = (getattr(vit, name, None) for name in ("rel_pos_bias", "shared_rel_pos"))
-    if any(bias is not None for bias in shared):
-        return _BIASED
+    if _shares_position(vit):
+        return ROTARY if getattr(vit, "rope", None) is not None else _BIASED
     for block in vit.blocks:
         own = (
             getattr(block.attn, name, None) for name in ("relative_position_bias_table", "rel_pos")
@@ -114,3 +113,9 @@ def _position(vit: Any) -> Reason:
         if any(bias is not None for bias in own):
             return _BIASED
     return None
+
+
+def _shares_position(vit: Any) -> bool:
+    """Whether the model tells all its blocks where tokens are."""
+    names = ("rope", "rel_pos_bias", "shared_rel_pos")
+    return any(getattr(vit, name, None) is not None for name in names)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from vitmix.backbones.base import Backbone, is_made_by
+from vitmix.backbones.base import GIVEN, Backbone, is_made_by
 from vitmix.backbones.timm_parts import (
     ROTARY,
     blocks_of,
@@ -37,6 +37,7 @@ def describe(model: nn.Module) -> Backbone | None:
 def _describe(family: str, vit: Any) -> Backbone:
     require_all_tokens(vit.patch_drop)
     pooling, reason = pooling_of(vit)
+    rotary = getattr(vit, "rope", None) is not None
     return Backbone(
         family=family,
         blocks=blocks_of(family, vit.blocks),
@@ -45,8 +46,8 @@ def _describe(family: str, vit: Any) -> Backbone:
         class_token=bool(vit.has_class_token),
         pooling=pooling,
         grid=grid_of(vit.embeds if family == "timm NaFlexVit" else vit.patch_embed),
-        pool_prefix=bool(getattr(vit, "pool_include_prefix", False)),
         recomputes=partial(getattr, vit, "grad_checkpointing", False),
         alignment_reason=reason,
-        vertical_reason=None if getattr(vit, "rope", None) is None else ROTARY,
+        vertical_reason=ROTARY if rotary else None,
+        rollout_reason=GIVEN if rotary else None,
     )
