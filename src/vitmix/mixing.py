@@ -150,6 +150,9 @@ class MixingModel(nn.Module):
                 if stage.saliency == "rollout":
                     backbone.require_block("the last block of a rollout", stage.last_block)
                     backbone.require_one_stage(stage.block, stage.last_block)
+        reads = not labels.known_before_forward or any(stage.reads_attention for stage in tokens)
+        if tokens or reads:
+            backbone.require_tokens(attention=reads)
         if labels.attention_block is not None:
             backbone.require_block(f"`block` of {type(labels).__name__}", labels.attention_block)
         if labels.follows_shares and backbone.alignment_reason:
@@ -452,7 +455,7 @@ class MixingModel(nn.Module):
                     given = given._replace(saliency=saliency)
                 mixers.setdefault(block, []).append((stage, given.to(fed.device)))
         follow_shares, attention_block = self.labels.follows_shares, self.labels.attention_block
-        if record and self.backbone.depth:
+        if record and self.backbone.is_readable:
             follow_shares |= self.backbone.alignment_reason is None
             attention_block = -1 if attention_block is None else attention_block
         if attention_block is not None:

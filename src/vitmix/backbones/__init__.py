@@ -163,12 +163,14 @@ def describe(
 def describe_pixels(model: nn.Module) -> Backbone:
     """Describe a model whose tokens nobody will look at.
 
-    A model that :func:`describe` refuses gets a description without blocks, with cells of 16 x 16
-    pixels for masks of tokens.
+    A model that :func:`describe` refuses gets a description without blocks. Its cells, for masks of
+    tokens, are those of the model that it runs (compiled, or in parallel), else of 16 x 16 pixels.
     """
     try:
         return describe(model)
     except UnsupportedModelError:
+        inner = unsupported.wrapped(model)
+        grid = _sixteenths if inner is None else describe_pixels(inner).grid
         return Backbone(
             family=type(model).__name__,
             blocks=(),
@@ -176,7 +178,7 @@ def describe_pixels(model: nn.Module) -> Backbone:
             num_prefix_tokens=0,
             class_token=False,
             pooling="average",
-            grid=_sixteenths,
+            grid=grid,
         )
 
 

@@ -166,6 +166,8 @@ class Backbone:
         parts: modules around and between blocks, which may be where recomputation begins.
         alignment_reason: why shares cannot be followed to the output, or None if they can.
         vertical_reason: why a block cannot attend to more tokens than its own, or None if it can.
+        tokens_reason: why tokens cannot be followed through the model, or None if they can.
+        attention_reason: why attention cannot be read, or None if it can.
         rollout_reason: why attention cannot be rolled out over several blocks, or None if nothing
             but the blocks themselves stands in the way.
     """
@@ -183,6 +185,8 @@ class Backbone:
     parts: tuple[nn.Module, ...] = ()
     alignment_reason: Reason = None
     vertical_reason: Reason = None
+    tokens_reason: Reason = None
+    attention_reason: Reason = None
     rollout_reason: Reason = None
 
     def __repr__(self) -> str:
@@ -191,15 +195,21 @@ class Backbone:
     @property
     def support(self) -> dict[str, Reason]:
         """For each label rule and token stage, why it cannot be used; None where it can."""
+        reads = self.tokens_reason or self.attention_reason
         return {
             "area": None,
             "teacher": None,
-            "attention": None,
-            "aligned": self.alignment_reason,
-            "horizontal": None,
-            "manifold": None,
-            "vertical": self.vertical_reason,
+            "attention": reads,
+            "aligned": reads or self.alignment_reason,
+            "horizontal": reads,
+            "manifold": self.tokens_reason,
+            "vertical": reads or self.vertical_reason,
         }
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether there is attention that can be read."""
+        return bool(self.blocks) and (self.tokens_reason or self.attention_reason) is None
 
     def summary(self, size: tuple[int, int]) -> str:
         """Blocks, tokens, attention, pooling and what is supported, in words.
@@ -270,6 +280,23 @@ class Backbone:
             raise InputError(
                 f"expected {what} from 0 to {self.depth - 1} for this {self.family} "
                 f"of {self.depth} blocks, got {index}"
+            )
+
+    def require_tokens(self, *, attention: bool) -> None:
+        """Check that tokens can be followed, and with ``attention`` that it can be read.
+
+        Raises:
+            UnsupportedModelError: they can't.
+        """
+        if self.tokens_reason is not None:
+            raise UnsupportedModelError(
+                f"looked for a {self.family} that keeps all its tokens, found "
+                f"{self.tokens_reason}. The model was not changed."
+            )
+        if attention and self.attention_reason is not None:
+            raise UnsupportedModelError(
+                f"looked for attention of {self.family} that can be read, found "
+                f"{self.attention_reason}. The model was not changed."
             )
 
     def require_one_stage(self, first: int, last: int) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from vitmix.backbones.base import GIVEN, Backbone, Block, Pooling, Reason, is_made_by
 from vitmix.errors import UnsupportedModelError
 
-__all__ = ["LOOKS_FOR", "describe", "known_version", "recomputation", "require_readable"]
+__all__ = ["LOOKS_FOR", "describe", "known_version", "recomputation", "unreadable"]
 
 _ATTENTION = ("sdpa", "eager")
 # Where layers are, by model and by version of transformers.
@@ -97,7 +97,6 @@ def describe(model: nn.Module) -> Backbone | None:
 
 def _describe(name: str, layout: _Layout, model: Any) -> Backbone:
     config = getattr(model.config, "vision_config", model.config)
-    require_readable(name, config)
     pooling = layout.pooling
     if pooling is None:
         pooling = "average" if config.use_mean_pooling else "class_token"
@@ -119,6 +118,7 @@ def _describe(name: str, layout: _Layout, model: Any) -> Backbone:
         grid=partial(_grid, (patch, patch) if isinstance(patch, int) else tuple(patch)),
         recomputes=recomputation(model),
         vertical_reason=_position(config),
+        attention_reason=unreadable(config),
         rollout_reason=GIVEN if getattr(config, _SHARED, False) else None,
     )
 
@@ -155,19 +155,15 @@ def known_version(name: str) -> Iterator[None]:
         ) from error
 
 
-def require_readable(name: str, config: Any) -> None:
-    """Check that attention passes where it can be read.
-
-    Raises:
-        UnsupportedModelError: another implementation.
-    """
+def unreadable(config: Any) -> Reason:
+    """Why attention does not pass where it can be read, or None if it does."""
     implementation = getattr(config, "_attn_implementation", "eager")
-    if implementation not in _ATTENTION:
-        raise UnsupportedModelError(
-            f"looked for attn_implementation 'sdpa' or 'eager' in {name}, found "
-            f"{implementation!r}, whose attention cannot be read. "
-            "Call model.set_attn_implementation('sdpa'). The model was not changed."
-        )
+    if implementation in _ATTENTION:
+        return None
+    return (
+        f"attn_implementation {implementation!r} instead of 'sdpa' or 'eager'; call "
+        "model.set_attn_implementation('sdpa')"
+    )
 
 
 def recomputation(model: Any) -> Callable[[], bool]:

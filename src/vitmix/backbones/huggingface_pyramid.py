@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from vitmix.backbones.base import Backbone, Block, is_made_by
-from vitmix.backbones.huggingface import known_version, recomputation, require_readable
+from vitmix.backbones.huggingface import known_version, recomputation, unreadable
 from vitmix.backbones.staged import REDUCED, pooled
 from vitmix.functional.grids import Grid
 from vitmix.functional.reach import Reach
@@ -47,7 +47,6 @@ def describe(model: nn.Module) -> Backbone | None:
 
 
 def _describe(name: str, model: Any, stages: Any, names: _Names) -> Backbone:
-    require_readable(name, model.config)
     embeddings = [stage.get_submodule(names.embedding) for stage in stages]
     strides = [1, *(embedding.stride[0] for embedding in embeddings[1:])]
     return Backbone(
@@ -73,6 +72,7 @@ def _describe(name: str, model: Any, stages: Any, names: _Names) -> Backbone:
         grid=partial(_grid, embeddings[0]),
         recomputes=recomputation(model),
         vertical_reason=REDUCED,
+        attention_reason=unreadable(model.config),
     )
 
 

@@ -89,6 +89,7 @@ class StagedFamily:
         class_layers: name of the layers behind the blocks in which a class token attends to the
             others, if there are any.
         aligned: why shares cannot be followed to the output of a model, or None if they can.
+        tokens: why tokens cannot be followed through a model, or None if they can.
     """
 
     module: str
@@ -97,6 +98,7 @@ class StagedFamily:
     grid: Callable[[Any], Callable[[tuple[int, int]], Grid]] | None = None
     class_layers: str | None = None
     aligned: Callable[[Any], Reason] | None = None
+    tokens: Callable[[Any], Reason] | None = None
 
 
 def describe_staged(families: Mapping[str, StagedFamily], model: nn.Module) -> Backbone | None:
@@ -133,6 +135,7 @@ def _describe(family: StagedFamily, model: Any) -> Backbone:
         recomputes=recomputes_of(model),
         alignment_reason=reason,
         vertical_reason=family.vertical,
+        tokens_reason=None if family.tokens is None else family.tokens(model),
     )
 
 

@@ -11,9 +11,9 @@ from vitmix.errors import UnsupportedModelError
 __all__ = [
     "ROTARY",
     "blocks_of",
+    "dropped",
     "grid_of",
     "pooling_of",
-    "require_all_tokens",
     "whole_patches",
 ]
 
@@ -60,18 +60,14 @@ def _block(family: str, index: int, block: Any) -> Block:
     )
 
 
-def require_all_tokens(patch_drop: Any) -> None:
-    """Check that no tokens are dropped.
-
-    Raises:
-        UnsupportedModelError: patch dropout.
-    """
-    if getattr(patch_drop, "prob", 0.0):
-        raise UnsupportedModelError(
-            f"looked for a model that keeps all its tokens, found patch_drop_rate="
-            f"{patch_drop.prob}: dropped patches cannot be matched between samples. "
-            "Create the model with patch_drop_rate=0. The model was not changed."
-        )
+def dropped(rate: float) -> Reason:
+    """Why tokens cannot be followed where this share of them is dropped; None if none is."""
+    if not rate:
+        return None
+    return (
+        f"patch_drop_rate={rate}: dropped patches cannot be matched between samples; create the "
+        "model with patch_drop_rate=0"
+    )
 
 
 def grid_of(patch_embed: Any) -> partial[tuple[int, int]]:

@@ -16,9 +16,9 @@ from vitmix.backbones.base import GIVEN, Backbone, Reason, is_made_by
 from vitmix.backbones.timm_parts import (
     ROTARY,
     blocks_of,
+    dropped,
     grid_of,
     pooling_of,
-    require_all_tokens,
     whole_patches,
 )
 
@@ -57,7 +57,6 @@ def describe(model: nn.Module) -> Backbone | None:
 
 
 def _describe(family: str, vit: Any) -> Backbone:
-    require_all_tokens(getattr(vit, "patch_drop", None))
     pooling, reason = pooling_of(vit)
     return Backbone(
         family=family,
@@ -70,6 +69,7 @@ def _describe(family: str, vit: Any) -> Backbone:
         recomputes=partial(getattr, vit, "grad_checkpointing", False),
         alignment_reason=reason,
         vertical_reason=_position(vit),
+        tokens_reason=dropped(getattr(getattr(vit, "patch_drop", None), "prob", 0.0)),
         rollout_reason=GIVEN if _shares_position(vit) else None,
     )
 

@@ -15,9 +15,9 @@ from vitmix.backbones.base import GIVEN, Backbone, is_made_by
 from vitmix.backbones.timm_parts import (
     ROTARY,
     blocks_of,
+    dropped,
     grid_of,
     pooling_of,
-    require_all_tokens,
 )
 
 __all__ = ["LOOKS_FOR", "describe"]
@@ -35,7 +35,6 @@ def describe(model: nn.Module) -> Backbone | None:
 
 
 def _describe(family: str, vit: Any) -> Backbone:
-    require_all_tokens(vit.patch_drop)
     pooling, reason = pooling_of(vit)
     rotary = getattr(vit, "rope", None) is not None
     return Backbone(
@@ -49,5 +48,6 @@ def _describe(family: str, vit: Any) -> Backbone:
         recomputes=partial(getattr, vit, "grad_checkpointing", False),
         alignment_reason=reason,
         vertical_reason=ROTARY if rotary else None,
+        tokens_reason=dropped(getattr(vit.patch_drop, "prob", 0.0)),
         rollout_reason=GIVEN if rotary else None,
     )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitmix.backbones.base import Backbone, Block
+from vitmix.backbones.base import Backbone, Block, Reason
 from vitmix.backbones.staged import (
     WINDOWED,
     Located,
@@ -24,7 +24,7 @@ from vitmix.backbones.staged import (
     in_windows,
     to_reduced,
 )
-from vitmix.errors import UnsupportedModelError
+from vitmix.backbones.timm_parts import dropped
 from vitmix.functional.grids import Grid
 from vitmix.functional.reach import Reach, windows
 
@@ -89,11 +89,6 @@ def _nest(model: Any) -> Located:
 
 def _hiera(model: Any) -> Located:
     """Tokens are in such an order that those of a window lie at equal distances, all the way."""
-    if model.patch_drop_rate:
-        raise UnsupportedModelError(
-            f"looked for a model that keeps all its tokens, found patch_drop_rate="
-            f"{model.patch_drop_rate}. The model was not changed."
-        )
     height, width = model.tokens_spatial_shape
     order = model.unroll(torch.arange(height * width).view(1, -1, 1)).flatten()
     pixels = int(model.patch_stride[0])
@@ -115,6 +110,10 @@ def _hiera(model: Any) -> Located:
         )
         order, width, pixels = merged, width // stride, pixels * stride
         yield block, pixels
+
+
+def _hiera_reason(model: Any) -> Reason:
+    return dropped(model.patch_drop_rate)
 
 
 def _units(keys: Tensor, queries: Tensor, stride: int, grid: Grid) -> Reach:
@@ -142,7 +141,7 @@ def _pooled(size: Grid, stride: int, grid: Grid) -> Reach:
 
 _FAMILIES = {
     "Nest": StagedFamily("timm.models.nest", _nest, WINDOWED),
-    "Hiera": StagedFamily("timm.models.hiera", _hiera, WINDOWED),
+    "Hiera": StagedFamily("timm.models.hiera", _hiera, WINDOWED, tokens=_hiera_reason),
     "HieraDet": StagedFamily("timm.models.hieradet_sam2", _hieradet, WINDOWED),
     "GlobalContextVit": StagedFamily("timm.models.gcvit", in_stages(_gcvit), WINDOWED),
     "DaVit": StagedFamily("timm.models.davit", in_stages(_davit), WINDOWED),

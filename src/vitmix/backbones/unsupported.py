@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from torch import nn
 
-__all__ = ["explain"]
+__all__ = ["explain", "wrapped"]
 
 _CHANNELS = "attention between channels, which moves no token"
 _PARALLEL = "a model in parallel: give the model itself, and wrap the MixingModel"
+# Where models that are another one, run in another way, keep it.
+_WITHIN = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+}
 _STATE = "tokens mixed through a hidden state, which has no map of tokens by tokens"
 _ENCODER = "an encoder without a classifier"
 _REASONS = {
@@ -48,3 +55,9 @@ def explain(model: nn.Module) -> str:
     if hasattr(model, "get_base_model"):
         reason = "adapters around a model: give what its get_base_model() returns, which has them"
     return "" if reason is None else f" ({reason})"
+
+
+def wrapped(model: nn.Module) -> nn.Module | None:
+    """The model that a compiled one, or one in parallel, runs; None for any other."""
+    name = _WITHIN.get(type(model).__name__)
+    return None if name is None else model.get_submodule(name)
