@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 import vitmix
 from contract import METHODS, hooks, horizontal, make
 from models import FAMILIES, NUM_CLASSES, batch, make_cct, make_vit
+from more_models import make_huggingface
 
 pytest.importorskip("timm")
 
@@ -282,6 +284,26 @@ def test_pixels_of_any_classifier_can_be_mixed(method: str) -> None:
     out = mixing.train()(*batch())
     torch.testing.assert_close(out.targets.sum(1), torch.ones(len(out.targets)))
     out.loss().backward()
+
+
+@pytest.mark.parametrize("mix", [vitmix.CutMix(), vitmix.TokenMix(mask="random"), vitmix.Mixup()])
+@pytest.mark.parametrize("draw", ["batch", "element"])
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_shares_are_those_of_patches_where_an_image_is_cropped(
+    mix: vitmix.pixels.PixelMix, draw: Any, library: str
+) -> None:
+    """At 38 pixels, 4 patches of 8 a side; the last 6 pixels are not seen."""
+    huggingface = partial(make_huggingface, "Dinov2", use_mask_token=False)
+    model = make_vit(img_size=38) if library == "timm" else huggingface()
+    mix = vitmix.OneOf([mix], draw=draw)
+    mixing = vitmix.MixingModel(model, mix=mix, num_classes=NUM_CLASSES).train()
+    images = torch.arange(6.0)[:, None, None, None].expand(-1, 3, 38, 38).contiguous()
+    out = mixing(images, torch.arange(6), record=True)
+    mixture = out.trace.record.evidence.mixture
+    patches = nn.functional.avg_pool2d(out.trace.images[:, :1], 8).flatten(1)
+    expected = (mixture.shares[:, 1:] * mixture.sources[:, None]).sum(2)
+    torch.testing.assert_close(patches, expected)
+    assert torch.equal(out.trace.images[..., 32:], images[..., 32:])
 
 
 def test_a_block_without_attention_is_an_error() -> None:

@@ -20,7 +20,7 @@ from vitmix.functional.mixture import Mixture
 from vitmix.functional.targets import smooth_targets
 from vitmix.gradient import gradient_saliency, logits_of
 from vitmix.labels import AreaLabels, LabelEvidence, LabelRule
-from vitmix.pixels import PixelMix
+from vitmix.pixels import PixelMix, PixelPlan
 from vitmix.processes import gather, process_rank, require_equal_batches, world_size
 from vitmix.relay import Relay
 from vitmix.replay import Replay
@@ -361,9 +361,10 @@ class MixingModel(nn.Module):
         grid = self.backbone.grid(size)
         plan, fed = None, images
         if self.mix is not None:
-            plan = self.mix.plan(len(images), size, grid=grid, generator=self.generator)
+            seen = self.backbone.seen(size)
+            plan = self.mix.plan(len(images), seen, grid=grid, generator=self.generator)
             plan = plan.to(images.device)
-            fed = plan.apply(images)
+            fed = _applied(plan, images, seen)
             mixture = plan.mixture(grid, num_prefix_tokens=prefix)
         else:
             mixture = Mixture.unmixed(len(images), prefix + grid[0] * grid[1], images.device)
@@ -498,6 +499,16 @@ class MixingModel(nn.Module):
                     f"expected logits (B, {self.num_classes}) from the model, got {found}; "
                     "num_classes must be that of the model's classifier"
                 )
+
+
+def _applied(plan: PixelPlan, images: Tensor, seen: Grid) -> Tensor:
+    """Mix what the model sees of images; the rest stays as it is."""
+    rows, columns = seen
+    if (rows, columns) == images.shape[2:]:
+        return plan.apply(images)
+    mixed = images.clone()
+    mixed[..., :rows, :columns] = plan.apply(images[..., :rows, :columns])
+    return mixed
 
 
 def _require_kind(name: str, value: object, kinds: tuple[type, ...]) -> None:

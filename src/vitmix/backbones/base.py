@@ -160,6 +160,8 @@ class Backbone:
             ``"class_attention"``: a class token that joins behind the blocks and attends to the
             tokens in layers of its own.
         grid: token grid ``(h, w)`` at the first block, of an input of ``(height, width)`` pixels.
+        patch: height and width in pixels of a patch, where the model leaves out what an image has
+            beyond whole ones; None if it does not.
         pool_scores: for ``"sequence"``: module that gives one score ``(B, N, 1)`` a token.
         class_layers: for ``"class_attention"``: number of those layers.
         recomputes: whether activations are recomputed in the backward pass just now.
@@ -179,6 +181,7 @@ class Backbone:
     class_token: bool
     pooling: Pooling
     grid: Callable[[tuple[int, int]], Grid]
+    patch: Grid | None = None
     pool_scores: nn.Module | None = None
     class_layers: int = 0
     recomputes: Callable[[], bool] = bool
@@ -237,6 +240,12 @@ class Backbone:
         for name, reason in self.support.items():
             lines.append(f"  {name:<11} {'yes' if reason is None else f'no: {reason}'}")
         return "\n".join(lines)
+
+    def seen(self, size: Grid) -> Grid:
+        """Height and width in pixels of what the token grid covers, from the upper left corner."""
+        if self.patch is None:
+            return size
+        return size[0] - size[0] % self.patch[0], size[1] - size[1] % self.patch[1]
 
     def _stages(self) -> list[tuple[tuple[int, int], list[int]]]:
         stages: list[tuple[tuple[int, int], list[int]]] = []

@@ -101,6 +101,7 @@ def _describe(name: str, layout: _Layout, model: Any) -> Backbone:
     if pooling is None:
         pooling = "average" if config.use_mean_pooling else "class_token"
     patch = config.patch_size
+    patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
     return Backbone(
         family=f"transformers {name}",
         blocks=tuple(
@@ -115,7 +116,8 @@ def _describe(name: str, layout: _Layout, model: Any) -> Backbone:
         num_prefix_tokens=layout.prefix + int(getattr(config, "num_register_tokens", 0)),
         class_token=layout.prefix > 0,
         pooling=pooling,
-        grid=partial(_grid, (patch, patch) if isinstance(patch, int) else tuple(patch)),
+        grid=partial(_grid, patch),
+        patch=patch,
         recomputes=recomputation(model),
         vertical_reason=_position(config),
         attention_reason=unreadable(config),

@@ -13,6 +13,7 @@ __all__ = [
     "blocks_of",
     "dropped",
     "grid_of",
+    "patch_of",
     "pooling_of",
     "whole_patches",
 ]
@@ -86,6 +87,14 @@ def _grid(patch_embed: Any, size: tuple[int, int]) -> tuple[int, int]:
     else:
         rows, columns = whole_patches(tuple(patch_embed.patch_size), size)
     return int(rows), int(columns)
+
+
+def patch_of(patch_embed: Any) -> tuple[int, int] | None:
+    """Sides of a patch, where what an image has beyond whole ones is left out; None elsewhere."""
+    if type(patch_embed).__name__ != "PatchEmbed" or getattr(patch_embed, "dynamic_img_pad", False):
+        return None
+    rows, columns = patch_embed.patch_size
+    return rows, columns
 
 
 def whole_patches(patch: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from vitmix.backbones.timm_parts import (
     blocks_of,
     dropped,
     grid_of,
+    patch_of,
     pooling_of,
     whole_patches,
 )
@@ -66,6 +67,7 @@ def _describe(family: str, vit: Any) -> Backbone:
         class_token=vit.cls_token is not None,
         pooling=pooling,
         grid=grid_of(vit.patch_embed),
+        patch=patch_of(vit.patch_embed),
         recomputes=partial(getattr, vit, "grad_checkpointing", False),
         alignment_reason=reason,
         vertical_reason=_position(vit),

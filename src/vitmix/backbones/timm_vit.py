@@ -17,6 +17,7 @@ from vitmix.backbones.timm_parts import (
     blocks_of,
     dropped,
     grid_of,
+    patch_of,
     pooling_of,
 )
 
@@ -36,6 +37,7 @@ def describe(model: nn.Module) -> Backbone | None:
 
 def _describe(family: str, vit: Any) -> Backbone:
     pooling, reason = pooling_of(vit)
+    patch_embed = vit.embeds if family == "timm NaFlexVit" else vit.patch_embed
     rotary = getattr(vit, "rope", None) is not None
     return Backbone(
         family=family,
@@ -44,7 +46,8 @@ def _describe(family: str, vit: Any) -> Backbone:
         num_prefix_tokens=int(vit.num_prefix_tokens),
         class_token=bool(vit.has_class_token),
         pooling=pooling,
-        grid=grid_of(vit.embeds if family == "timm NaFlexVit" else vit.patch_embed),
+        grid=grid_of(patch_embed),
+        patch=patch_of(patch_embed),
         recomputes=partial(getattr, vit, "grad_checkpointing", False),
         alignment_reason=reason,
         vertical_reason=ROTARY if rotary else None,
