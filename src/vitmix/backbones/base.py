@@ -317,7 +317,7 @@ class Backbone:
         """
         if self.rollout_reason is not None:
             raise UnsupportedModelError(
-                f"looked for blocks of {self.family} that take tokens alone for a rollout, found "
+                f"looked for blocks of {self.family} fit for a rollout, found "
                 f"{self.rollout_reason}. Use saliency='attention'. The model was not changed."
             )
         blocks = self.blocks[first : last + 1]

@@ -27,6 +27,7 @@ __all__ = [
     "describe_staged",
     "in_stages",
     "in_windows",
+    "on_grids",
     "pooled",
     "recomputes_of",
     "reduce_by",
@@ -115,7 +116,7 @@ def describe_staged(families: Mapping[str, StagedFamily], model: nn.Module) -> B
 
 def _describe(family: StagedFamily, model: Any) -> Backbone:
     name = f"timm {type(model).__name__}"
-    blocks, pixels = _blocks(name, family.blocks(model))
+    blocks, pixels = on_grids(name, family.blocks(model))
     prefix, pooling, reason, layers = 0, *_pooling(model), 0
     if family.class_layers is None:
         prefix = int(getattr(model, "num_prefix_tokens", getattr(model, "num_tokens", 0)))
@@ -139,8 +140,12 @@ def _describe(family: StagedFamily, model: Any) -> Backbone:
     )
 
 
-def _blocks(name: str, located: Located) -> tuple[tuple[Block, ...], int]:
-    """Blocks, and the pixels that a side of a token stands for in front of the first."""
+def on_grids(name: str, located: Located) -> tuple[tuple[Block, ...], int]:
+    """Blocks, and the pixels that a side of a token stands for in front of the first.
+
+    Raises:
+        UnsupportedModelError: there are none.
+    """
     found = [(block, pixels // block.stride) for block, pixels in located]
     if not found:
         raise UnsupportedModelError(
