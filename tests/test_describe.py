@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import vitmix
-from models import FAMILIES, NUM_CLASSES, SIZE, batch
+from models import FAMILIES, NUM_CLASSES, SIZE, batch, make_vit
 from more_models import (
     MORE_FAMILIES,
     logits_of,
@@ -175,6 +175,15 @@ def test_models_that_drop_patches_take_pixel_stages_alone(family: str) -> None:
     out = mixing.train()(*batch(), record=True)
     out.loss().backward()
     assert out.trace.pixels.own.shape[1:] == (8, 8)
+
+
+def test_pixel_stages_see_the_patches_of_timm_where_blocks_are_refused() -> None:
+    from timm.models.vision_transformer import DiffParallelScalingBlock
+
+    model = make_vit(block_fn=DiffParallelScalingBlock)
+    mixing = vitmix.MixingModel(model, mix=vitmix.TokenMix(), num_classes=NUM_CLASSES)
+    assert mixing.backbone.grid((SIZE, SIZE)) == (4, 4)
+    assert mixing.train()(*batch()).trace.pixels.own.shape[1:] == (4, 4)
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, nn.Sequential])

@@ -7,6 +7,7 @@ process has not imported cannot be what the model is made of.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -31,6 +32,7 @@ from vitmix.backbones import (
 )
 from vitmix.backbones.base import Backbone, Block, Family, Pooling, Reason, is_made_by
 from vitmix.backbones.custom import Grid, describe_by_hand
+from vitmix.backbones.timm_parts import grid_of
 from vitmix.errors import InputError, UnsupportedModelError
 
 __all__ = ["Backbone", "Block", "describe", "describe_pixels"]
@@ -166,13 +168,12 @@ def describe_pixels(model: nn.Module) -> Backbone:
     """Describe a model whose tokens nobody will look at.
 
     A model that :func:`describe` refuses gets a description without blocks. Its cells, for masks of
-    tokens, are those of the model that it runs (compiled, or in parallel), else of 16 x 16 pixels.
+    tokens, are its patches where timm made them, those of the model that it runs (compiled, or in
+    parallel), else of 16 x 16 pixels.
     """
     try:
         return describe(model)
     except UnsupportedModelError:
-        inner = unsupported.wrapped(model)
-        grid = _sixteenths if inner is None else describe_pixels(inner).grid
         return Backbone(
             family=type(model).__name__,
             blocks=(),
@@ -180,8 +181,18 @@ def describe_pixels(model: nn.Module) -> Backbone:
             num_prefix_tokens=0,
             class_token=False,
             pooling="average",
-            grid=grid,
+            grid=_cells(model),
         )
+
+
+def _cells(model: Any) -> Callable[[tuple[int, int]], tuple[int, int]]:
+    inner = unsupported.wrapped(model)
+    if inner is not None:
+        return describe_pixels(inner).grid
+    patch_embed = getattr(model, "patch_embed", None)
+    if is_made_by(patch_embed, "timm.layers.patch_embed", "PatchEmbed"):
+        return grid_of(patch_embed)
+    return _sixteenths
 
 
 def _inside(model: nn.Module) -> nn.Module:
