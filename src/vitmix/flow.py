@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -41,7 +42,6 @@ from vitmix.replay import (
     PartRecord,
     Replay,
     add_to_tokens,
-    call_after_backward,
     first_tokens,
     unseen_by_checkpoint,
 )
@@ -74,7 +74,8 @@ class Flow:
             ``(B, kappa)`` of those that were selected in the sequence.
         history: with ``keep_history``, the token grid and the mixture at the input, then behind
             every block.
-        replay: with ``recomputes``, the hooks that wait for the backward pass.
+        replay: with ``recomputes``, the hooks that do again in the backward pass what is done in
+            this one; None where nothing is.
     """
 
     def __init__(
@@ -106,7 +107,11 @@ class Flow:
         self.recomputes = recomputes
         self._records: dict[int, BlockRecord] = {}
         self._parts: dict[nn.Module, list[PartRecord]] = {}
-        self.replay: Replay | None = None
+        self.replay = (
+            Replay(backbone, self._records, self._parts)
+            if recomputes and (mixers or verticals)
+            else None
+        )
         self._collected: dict[VerticalTokenMixup, list[tuple[Tensor, Tensor]]] = {
             stage: [] for stages in verticals.values() for stage in stages
         }
@@ -184,7 +189,7 @@ class Flow:
         self._move_to(self.backbone.block_grid(index, self._grids[0]))
         self._require_tokens(index, given)
         if self.recomputes:
-            given = self._record(index, given)
+            self._record(index, given)
         tokens = before = block.flatten(given)
         for stage, draws in self._mixers.get(index, ()):
             run = partial(_forward, block, given, args[1:], kwargs)
@@ -241,7 +246,7 @@ class Flow:
         if self.recomputes:
             _require_graph()
             record = self._records[self._index]
-            record.extra, record.extended = extra, TensorWeakRef(args[0])
+            record.extra, record.extended = _without_graph(extra), TensorWeakRef(args[0])
         return (torch.cat((args[0], extra), 1), *args[1:])
 
     def cut(self, output: Any) -> Any:
@@ -267,6 +272,8 @@ class Flow:
         self._move_shares(block)
         self._passed.append(index)
         self._index = None
+        if self.replay is not None:
+            self.replay.wait_for(output)
         return None if self._added is None else add_to_tokens(output, self._added)
 
     def _move_shares(self, block: Block) -> None:
@@ -294,15 +301,10 @@ class Flow:
 
     # What happens at a block.
 
-    def _record(self, index: int, tokens: Tensor) -> Tensor:
+    def _record(self, index: int, tokens: Tensor) -> None:
         """Remember a block's input for the second pass."""
         _require_graph()
-        if not self._records:
-            self.replay = Replay(self.backbone, self._records, self._parts)
         self._records[index] = BlockRecord([TensorWeakRef(tokens)])
-        if index == 0 and self.replay is not None:
-            return call_after_backward(tokens, self.replay.remove)
-        return tokens
 
     def _mix(
         self, stage: TokenMixer, given: Given, tokens: Tensor, index: int, run: partial[Tensor]
@@ -317,7 +319,7 @@ class Flow:
         with self._own_graph():
             outcome = stage.plan(tokens, context)
         if self.recomputes:
-            self._records[index].outcomes.append(outcome)
+            self._records[index].outcomes.append(replace(outcome, loss=None))
         self.outcomes.append((index, stage, outcome))
         self.targets = outcome.mix_targets(self.targets)
         if self.follow_shares:
@@ -531,6 +533,11 @@ def _forward(
     """Run a block on tokens ``(B, T, D)`` as the model does, without the block's own hooks."""
     output: Any = module.forward(block.restore(tokens, like), *args, **kwargs)
     return block.flatten(output[0] if isinstance(output, tuple) else output)
+
+
+def _without_graph(tokens: Tensor) -> Tensor:
+    """The same values, which ask for a gradient if these do, so that as much is saved for it."""
+    return tokens.detach().requires_grad_(tokens.requires_grad)
 
 
 def _require_graph() -> None:

@@ -278,9 +278,9 @@ class MixingModel(nn.Module):
 
     def _forget_finished_passes(self) -> None:
         for replay in self._replays:
-            if replay.over:
+            if not replay.awaited:
                 replay.remove()
-        self._replays = [replay for replay in self._replays if not replay.over]
+        self._replays = [replay for replay in self._replays if replay.awaited]
 
     @passed_over
     def forward(
@@ -384,9 +384,6 @@ class MixingModel(nn.Module):
     def _end(self, step: _Step, output: Any) -> MixOutput:
         """Do all that comes after the pass."""
         flow, evidence, weights = step.flow, step.evidence, step.weights
-        if flow.replay is not None:
-            flow.replay.install()
-            self._replays.append(flow.replay)
         logits = logits_of(output)
         self._require_logits(logits)
         record = None
@@ -415,6 +412,10 @@ class MixingModel(nn.Module):
         losses = [outcome.loss for _, _, outcome in flow.outcomes if outcome.loss is not None]
         aux_loss = torch.stack(losses).sum() if losses else step.soft.new_zeros(())
         stats = stats_of(evidence.pixels, weights, flow)
+        if flow.replay is not None:  # last: an error leaves no hook
+            flow.replay.wait_for(logits)
+            flow.replay.install()
+            self._replays.append(flow.replay)
         return MixOutput(logits, targets, aux_loss, stats, trace, output)
 
     @property
