@@ -393,11 +393,12 @@ class Flow:
             )
         else:
             weights = reach.query_weights(found.query.device)
+            mask = found.mask
             saliency = query_key_saliency(
                 found.query.detach()[:, :, :queries],
                 found.key.detach(),
                 scale=found.scale,
-                attn_mask=found.attn_mask,
+                attn_mask=mask if mask is None else mask[..., :queries, :],
                 num_prefix_tokens=prefix,
                 class_token=by_class_token,
                 num_keys=keys,
@@ -411,15 +412,11 @@ class Flow:
         if self._index is None:
             return self._on_pooling(call)
         self._require_reach(call.query, call.key)
+        self._require_sight(call)
         with torch.no_grad():
             self._note(call)
         if not self.follow_shares:
             return call.run()
-        if call.enable_gqa or call.query.ndim != 4:
-            raise UnsupportedModelError(
-                "looked for attention (B, H, N, d) with as many key heads as query heads, found "
-                f"{tuple(call.query.shape)} and {tuple(call.key.shape)}"
-            )
         options: dict[str, Any] = {
             "attn_mask": call.attn_mask,
             "is_causal": call.is_causal,
@@ -469,7 +466,10 @@ class Flow:
         """Attention outside the blocks: a query that pools tokens."""
         if self._pools_by_attention and call.query.shape[-2] == 1:
             with torch.no_grad():
-                self._pool(query_key_attention(call.query, call.key, scale=call.scale))
+                attention = query_key_attention(
+                    call.query, call.key, scale=call.scale, attn_mask=call.mask
+                )
+                self._pool(attention)
         return call.run()
 
     @property
@@ -504,6 +504,21 @@ class Flow:
                 "looked for attention of {} x {} queries to {} keys".format(*expected)
                 + f" at block {self._index} of {self.backbone.family}, found "
                 + "{} x {} to {}".format(*found)
+            )
+
+    def _require_sight(self, call: AttentionCall) -> None:
+        """Check that a block's own tokens see what was appended."""
+        if self._appended is None:
+            return
+        mask, sides = call.attn_mask, (call.query.shape[-2], call.key.shape[-2])
+        fits = mask is None or all(
+            length in (1, side) for length, side in zip(mask.shape[-2:], sides, strict=True)
+        )
+        if call.is_causal or not fits:
+            found = "is_causal=True" if mask is None else f"a mask {tuple(mask.shape)}"
+            raise UnsupportedModelError(
+                f"looked for attention that sees tokens appended by VerticalTokenMixup at block "
+                f"{self._index} of {self.backbone.family}, {sides[0]} x {sides[1]}, found {found}"
             )
 
     def _check_passed(self) -> None:
