@@ -319,6 +319,16 @@ def test_a_block_without_attention_is_an_error() -> None:
     assert hooks(model) == 0
 
 
+def test_replicas_of_data_parallel_only_predict() -> None:
+    mixing = make("cct", "cutmix").train()
+    replica: Any = mixing._replicate_for_data_parallel()  # what nn.DataParallel runs in threads
+    replica.model = mixing.model
+    with pytest.raises(vitmix.UnsupportedModelError, match="DistributedDataParallel .* torchrun"):
+        replica(*batch())
+    images, _ = batch()
+    assert torch.equal(replica.eval()(images), mixing.eval()(images))
+
+
 def test_distilled_training_uses_both_heads() -> None:
     mixing = make("deit-distilled", "tl-align").train()
     mixing.model.set_distilled_training(True)  # type: ignore[operator]

@@ -306,10 +306,17 @@ class MixingModel(nn.Module):
 
         Raises:
             InputError: images, targets and model don't fit.
-            UnsupportedModelError: the model did not do what its description says.
+            UnsupportedModelError: the model did not do what its description says, or this is a
+                replica of ``nn.DataParallel``.
         """
         if not self.training:
             return self._evaluated(images, targets, self.model(images))
+        if getattr(self, "_is_replica", False):
+            raise UnsupportedModelError(
+                "looked for a process of its own for each device, found a replica of "
+                "nn.DataParallel, whose threads share the hooks of one pass: wrap the MixingModel "
+                "in DistributedDataParallel and start the program with torchrun"
+            )
         if torch.compiler.is_compiling():
             raise inlined()
         step = self._begin(images, targets, maps, record)
