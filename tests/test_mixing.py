@@ -323,7 +323,7 @@ def test_replicas_of_data_parallel_only_predict() -> None:
     mixing = make("cct", "cutmix").train()
     replica: Any = mixing._replicate_for_data_parallel()  # what nn.DataParallel runs in threads
     replica.model = mixing.model
-    with pytest.raises(vitmix.UnsupportedModelError, match="DistributedDataParallel .* torchrun"):
+    with pytest.raises(vitmix.UnsupportedModelError, match=r"DistributedDataParallel .* torchrun"):
         replica(*batch())
     images, _ = batch()
     assert torch.equal(replica.eval()(images), mixing.eval()(images))

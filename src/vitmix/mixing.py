@@ -32,6 +32,7 @@ from vitmix.tokens import (
     TokenStage,
     VerticalTokenMixup,
 )
+from vitmix.untrained import UntrainedWatch
 from vitmix.weights import write_weights
 
 if TYPE_CHECKING:
@@ -186,6 +187,7 @@ class MixingModel(nn.Module):
         self.backbone = backbone
         self._relay = Relay()
         self._replays: list[Replay] = []
+        self._watch = UntrainedWatch()
 
     def detach(self) -> nn.Module:
         """Return the model, which carries nothing of vitmix from now on.
@@ -274,7 +276,7 @@ class MixingModel(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # Passes that wait for their backward belong to this process and this copy.
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {**state, "_replays": []}
+        return {**state, "_replays": [], "_watch": UntrainedWatch()}
 
     def _forget_finished_passes(self) -> None:
         for replay in self._replays:
@@ -383,6 +385,7 @@ class MixingModel(nn.Module):
         weights = first_rule.weights(evidence)
         flow = self._flow(fed, mixture, mixture.targets(weights, soft), grid, record)
         self._forget_finished_passes()
+        self._watch.look(self.model, self.tokens)
         self._relay.install(flow)
         compilable = not (flow.recomputes or self._gathers)
         return _Step(fed, soft, evidence, weights, flow, compilable)
