@@ -43,6 +43,7 @@ from vitmix.replay import (
     Replay,
     add_to_tokens,
     first_tokens,
+    tokens_of,
     unseen_by_checkpoint,
 )
 from vitmix.tokens import Given, TokenContext, TokenMixer, TokenOutcome, VerticalTokenMixup
@@ -185,7 +186,8 @@ class Flow:
         self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Mix what a block is given."""
-        block, given = self.backbone.blocks[index], args[0]
+        block = self.backbone.blocks[index]
+        given = tokens_of(block.module, args)
         self._move_to(self.backbone.block_grid(index, self._grids[0]))
         self._require_tokens(index, given)
         if self.recomputes:
@@ -240,14 +242,15 @@ class Flow:
         """
         if self._paused or self._index is None:
             return None
+        own = tokens_of(self.backbone.blocks[self._index].entry, args)
         parts = [part for stage in self.verticals[self._index] for part in self._collected[stage]]
         self._appended = torch.cat([shares for _, shares in parts], 1)
-        extra = torch.cat([tokens.to(args[0].dtype) for tokens, _ in parts], 1)
+        extra = torch.cat([tokens.to(own.dtype) for tokens, _ in parts], 1)
         if self.recomputes:
             _require_graph()
             record = self._records[self._index]
-            record.extra, record.extended = _without_graph(extra), TensorWeakRef(args[0])
-        return (torch.cat((args[0], extra), 1), *args[1:])
+            record.extra, record.extended = _without_graph(extra), TensorWeakRef(own)
+        return (torch.cat((own, extra), 1), *args[1:])
 
     def cut(self, output: Any) -> Any:
         """Drop the appended tokens' rows behind the attention."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 from vitmix.backbones import Backbone
+from vitmix.errors import UnsupportedModelError
 from vitmix.tokens import TokenOutcome
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Replay",
     "add_to_tokens",
     "first_tokens",
+    "tokens_of",
     "unseen_by_checkpoint",
 ]
 
@@ -197,6 +199,20 @@ class Replay:
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         self._index, self._left = None, self._index
         return None if self._added is None else add_to_tokens(output, self._added)
+
+
+def tokens_of(module: nn.Module, args: tuple[Any, ...]) -> Tensor:
+    """Tokens that a module is given.
+
+    Raises:
+        UnsupportedModelError: its first argument is not a tensor, or has come by keyword.
+    """
+    if args and isinstance(args[0], Tensor):
+        return args[0]
+    found = type(args[0]).__name__ if args else "none: pass them without a keyword"
+    raise UnsupportedModelError(
+        f"looked for tokens as the first argument of {type(module).__name__}, found {found}"
+    )
 
 
 def add_to_tokens(output: Any, added: Tensor) -> Any:
