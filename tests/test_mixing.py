@@ -183,6 +183,7 @@ BAD: list[tuple[str, Callable[[], object], str]] = [
     ("mix kind", lambda: make_with([], mix="cutmix"), "mix"),
     ("labels kind", lambda: make_with([], labels="area"), "labels"),
     ("tokens kind", lambda: make_with(["htm"]), "tokens"),
+    ("no list of tokens", lambda: make_with(None), "tokens"),
     ("class token", lambda: make_with([horizontal(pool="class_token")]), "class token"),
 ]
 
@@ -228,6 +229,26 @@ def test_wrong_number_of_classes() -> None:
     mixing = make_with([], num_classes=5).train()
     with pytest.raises(vitmix.InputError, match="logits"):
         mixing(batch()[0], torch.zeros(6, dtype=torch.long))
+
+
+def test_a_single_stage() -> None:
+    expected = make_with([horizontal()]).tokens
+    assert repr(make_with(horizontal()).tokens) == repr(expected)
+
+
+def test_stages_are_of_floating_point_beside_quantised_weights() -> None:
+    model = make_cct()
+    model.register_parameter("packed", nn.Parameter(torch.zeros(2, dtype=torch.uint8), False))
+    assert not next(model.parameters()).is_floating_point()
+    mixing = vitmix.MixingModel(model, tokens=horizontal(), num_classes=NUM_CLASSES)
+    assert {parameter.dtype for parameter in mixing.tokens.parameters()} == {torch.float32}
+    mixing.train()(*batch()).loss().backward()
+
+
+def test_a_model_without_parameters() -> None:
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    mixing = vitmix.MixingModel(pooled, mix=vitmix.CutMix(), num_classes=3).train()
+    mixing(torch.rand(2, 3, 8, 8), torch.tensor([0, 2])).loss()
 
 
 def test_a_stage_belongs_to_one_model() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,7 +82,7 @@ class MixingModel(nn.Module):
         model: a model that :func:`vitmix.describe` supports.
         mix: pixel stage, or None.
         labels: label stage; :class:`vitmix.AreaLabels` by default.
-        tokens: token stages, each with its block.
+        tokens: token stages, each with its block; or a single one.
         num_classes: classes of the targets; the model must give as many logits.
         label_smoothing: smoothing of the sources' labels, in [0, 1).
         generator: CPU generator of all draws; the global one by default.
@@ -115,7 +115,7 @@ class MixingModel(nn.Module):
         model: nn.Module,
         mix: PixelMix | None = None,
         labels: LabelRule | None = None,
-        tokens: Sequence[TokenStage] = (),
+        tokens: Sequence[TokenStage] | TokenStage = (),
         *,
         num_classes: int,
         label_smoothing: float = 0.0,
@@ -124,6 +124,9 @@ class MixingModel(nn.Module):
     ) -> None:
         super().__init__()
         labels = AreaLabels() if labels is None else labels
+        if isinstance(tokens, TokenStage):
+            tokens = (tokens,)
+        _require_kind("tokens", tokens, (Iterable,))
         _require_kind("mix", mix, (PixelMix, type(None)))
         _require_kind("labels", labels, (LabelRule,))
         if num_classes < 2:
@@ -163,7 +166,9 @@ class MixingModel(nn.Module):
             )
         if len({id(stage) for stage in tokens}) < len(tokens):
             raise InputError("expected each token stage once in `tokens`, got one twice")
-        like = next(model.parameters())
+        # Weights that are quantised have whole numbers for parameters.
+        floating = (value for value in model.parameters() if value.is_floating_point())
+        like = next(floating, torch.empty(0))
         try:
             for stage in tokens:
                 stage.attach(
