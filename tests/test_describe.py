@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import vitmix
+from contract import horizontal, wrap
 from models import FAMILIES, NUM_CLASSES, SIZE, batch, make_vit
 from more_models import (
     MORE_FAMILIES,
@@ -58,6 +59,27 @@ def test_what_is_described(family: str) -> None:
     assert found == EXPECTED[family]
     assert backbone.grid((SIZE, SIZE)) == (4, 4)
     assert (backbone.depth, backbone.embed_dim) == (4, 32)
+
+
+@pytest.mark.parametrize(
+    ("family", "reads", "pool"),
+    [
+        ("cct", False, "attention"),
+        ("vit", True, "class_token"),
+        ("vit-average", False, "average"),
+        ("vit-average-all", True, "class_token"),
+        ("hf-beit", False, "average"),
+        ("hf-dinov2", True, "class_token"),
+    ],
+)
+def test_a_class_token_without_use_is_not_read(family: str, reads: bool, pool: str) -> None:
+    """Neither for saliency nor by ScoreNet, unless it is asked for."""
+    mixing = wrap(family, tokens=[horizontal()])
+    assert mixing.backbone.reads_class_token is reads
+    assert mixing.tokens[0].scorenet.pool == pool
+    if mixing.backbone.class_token:
+        asked = wrap(family, tokens=[horizontal(pool="class_token")])
+        assert asked.tokens[0].scorenet.pool == "class_token"
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])

@@ -124,7 +124,7 @@ def saliency_of(reach: Any, backbone: Any, mean: torch.Tensor, size: int) -> tor
             for place, key in enumerate(keys):
                 out[:, key] += mean[:, w, real, place].sum(1) / result
         return out[:, :-1]
-    row = mean[:, 0, prefix:] if backbone.class_token else mean[:, prefix:, prefix:].mean(1)
+    row = mean[:, 0, prefix:] if backbone.reads_class_token else mean[:, prefix:, prefix:].mean(1)
     if reach.keys is None:
         return row
     stride = reach.cell or (-(-rows // reach.keys[0]), -(-columns // reach.keys[1]))

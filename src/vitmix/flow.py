@@ -384,7 +384,7 @@ class Flow:
 
     def _saliency_of(self, found: AttentionCall | Tensor, reach: Reach) -> Tensor:
         """Saliency ``(B, N)`` of the tokens that went into an attention, appended ones aside."""
-        prefix, by_class_token = self.backbone.num_prefix_tokens, self.backbone.class_token
+        prefix, by_class_token = self.backbone.num_prefix_tokens, self.backbone.reads_class_token
         _, queries, keys = reach.sizes(1)
         if isinstance(found, Tensor):
             found = found.detach().flatten(0, -4)[:, :, :queries, :keys]

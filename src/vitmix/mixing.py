@@ -177,6 +177,8 @@ class MixingModel(nn.Module):
                     backbone.num_prefix_tokens,
                     backbone.class_token,
                 )
+                if isinstance(stage, HorizontalTokenMixup):
+                    _pool_as_classified(stage, backbone)
                 stage.to(device=like.device, dtype=like.dtype)
         except InputError:
             for stage in tokens:
@@ -545,6 +547,13 @@ def _require_earlier(stage: VerticalTokenMixup, backbone: Backbone) -> None:
             "expected `block` of VerticalTokenMixup with an earlier block of its own stage to "
             f"collect tokens from ({', '.join(map(str, first))}), got {target}"
         )
+
+
+def _pool_as_classified(stage: HorizontalTokenMixup, backbone: Backbone) -> None:
+    """Let ScoreNet average image tokens where the model does, beside a class token without use."""
+    assert stage.scorenet is not None
+    if stage.pool == "auto" and backbone.class_token and not backbone.reads_class_token:
+        stage.scorenet.pool = "average"
 
 
 def _require_unattached(stage: HorizontalTokenMixup) -> None:

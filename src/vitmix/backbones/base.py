@@ -260,6 +260,11 @@ class Backbone:
         """Number of blocks."""
         return len(self.blocks)
 
+    @property
+    def reads_class_token(self) -> bool:
+        """Whether there is a class token, and the classifier is given what became of it."""
+        return self.class_token and self.pooling != "average"
+
     def width(self, index: int) -> int:
         """Channels of a token at a block."""
         return self.blocks[index].width or self.embed_dim
