@@ -15,7 +15,7 @@ from vitmix.cli import COMMANDS
 from vitmix.evaluate.compare import parse_seeds
 from vitmix.evaluate.study import Study, read_study
 from vitmix.evaluate.study_results import Runs, find_runs_of
-from vitmix.evaluate.study_tables import NOTE, as_tables, paired, summaries_of
+from vitmix.evaluate.study_tables import NOTE, ROUNDED, as_tables, paired, summaries_of
 from vitmix.evaluate.table import as_markdown
 from vitmix.options import Parser
 from vitmix.plots.study import save_study_figures
@@ -166,20 +166,23 @@ def _findings(section: Section) -> list[str]:
             row["method"]: row["against"][other]
             for row in summaries_of(section.study, section.results)
             if row["against"].get(other, {"seeds": 0})["seeds"] >= LEAST
-            and row["against"][other]["p"] is not None
         }
         if not found:
             continue
-        kept = _holm({cell: difference["p"] for cell, difference in found.items()})
+        # The same difference at every seed has no test; its row counts as one of the family.
+        tested = {cell: each for cell, each in found.items() if each["p"] is not None}
+        kept = _holm({cell: each["p"] for cell, each in tested.items()}, len(found))
         words = []
         for what, sign in (("above", 1), ("below", -1)):
             cells = [
                 f"`{cell}`{'' if cell in kept else ' (not after correction)'}"
-                for cell, each in found.items()
+                for cell, each in tested.items()
                 if each["p"] < LEVEL and sign * each["mean"] > 0
             ]
             words.append(f"{what}: {', '.join(cells) or 'no row'}")
-        rest = [f"`{cell}`" for cell, each in found.items() if each["p"] >= LEVEL]
+        rest = [f"`{cell}`" for cell, each in tested.items() if each["p"] >= LEVEL]
+        same = [f"`{cell}`" for cell in found if cell not in tested]
+        words += [f"the same difference at every seed: {', '.join(same)}"] if same else []
         lines.append(
             f"- Against `{other}`, at p < {LEVEL} (Holm's correction over {len(found)} rows): "
             f"{'; '.join(words)}; no significant difference: {', '.join(rest) or 'no row'}."
@@ -187,11 +190,11 @@ def _findings(section: Section) -> list[str]:
     return ["\n".join(lines)] if lines else []
 
 
-def _holm(values: dict[str, float]) -> set[str]:
-    """Which p-values stay below the level after Holm's step-down correction."""
+def _holm(values: dict[str, float], family: int) -> set[str]:
+    """Which p-values stay below the level after Holm's step-down correction for a family."""
     kept: set[str] = set()
     for place, (name, value) in enumerate(sorted(values.items(), key=lambda item: item[1])):
-        if value * (len(values) - place) >= LEVEL:
+        if value * (family - place) >= LEVEL:
             break
         kept.add(name)
     return kept
@@ -209,7 +212,8 @@ def _mask_table(section: Section) -> list[str]:
         for key, what, digits in (
             (("top1", "top-1 %", 2), ("loss", "test loss", 3)) if seeds else ()
         ):
-            found = paired(*([runs[s][key] for s in seeds] for runs in (released, paper)))
+            ours, theirs = ([runs[s][key] for s in seeds] for runs in (paper, released))
+            found = paired(theirs, ours, ROUNDED if key == "top1" else 0.0)
             each = (f"{released[s][key] - paper[s][key]:+.{digits}f}" for s in seeds)
             name = f"{cell}, {what}"
             mean = f"{found['mean']:+.{digits}f}"

@@ -159,10 +159,12 @@ def strongest(family: str) -> str:
     return next(method for method in order if refusal(family, method) is None)
 
 
-def wrap(family: str, seed: int = 0, **options: Any) -> vitmix.MixingModel:
+def wrap(
+    family: str, seed: int = 0, model: nn.Module | None = None, **options: Any
+) -> vitmix.MixingModel:
     """A mixing model of a family, with its own generator."""
     torch.manual_seed(seed)
-    model = EVERY_FAMILY[family]()
+    model = EVERY_FAMILY[family]() if model is None else model
     if family in BACKBONES:
         options["backbone"] = BACKBONES[family](model)
     return vitmix.MixingModel(

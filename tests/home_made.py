@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -95,6 +98,56 @@ class FromEncoder(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.embed(images).flatten(2).transpose(1, 2) + self.position
         return self.head(self.encoder(x).mean(1))
+
+
+class MaskedLayer(nn.Module):
+    """A layer whose tokens see those in front of them, and whose heads may share keys."""
+
+    def __init__(self, width: int, heads: int, key_heads: int, causal: bool, fused: bool) -> None:
+        super().__init__()
+        self.heads = (heads, key_heads, key_heads)
+        self.causal = causal
+        self.fused = fused
+        self.norm = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width * key_heads // heads)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)
+        parts = (self.query(y), *self.key_value(y).chunk(2, -1))
+        query, key, value = (
+            part.unflatten(-1, (heads, -1)).transpose(1, 2)
+            for part, heads in zip(parts, self.heads, strict=True)
+        )
+        shared = self.heads[0] != self.heads[1]
+        if self.fused:
+            z = F.scaled_dot_product_attention(
+                query, key, value, is_causal=self.causal, enable_gqa=shared
+            )
+        else:
+            times = self.heads[0] // self.heads[1]
+            key, value = (each.repeat_interleave(times, 1) for each in (key, value))
+            scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+            if self.causal:
+                scores = scores.masked_fill(torch.ones_like(scores).tril() == 0, -torch.inf)
+            z = scores.softmax(-1) @ value
+        return x + z.transpose(1, 2).flatten(2)
+
+
+class FromMasked(nn.Module):
+    """Layers with masks or shared keys, the average of all tokens."""
+
+    def __init__(self, size: int, patch: int, width: int, depth: int, classes: int, **options: Any):
+        super().__init__()
+        self.embed = nn.Conv2d(3, width, patch, patch)
+        self.layers = nn.ModuleList(MaskedLayer(width, 4, **options) for _ in range(depth))
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.embed(images).flatten(2).transpose(1, 2)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x.mean(1))
 
 
 class Branch(nn.Module):

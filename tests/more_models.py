@@ -88,6 +88,16 @@ def make_clip(name: str, *, attention: str = "sdpa") -> Any:
     return getattr(transformers, f"{name}ForImageClassification")(config)
 
 
+def make_timm_in_huggingface(name: str = "vit_tiny_patch16_224", **options: Any) -> Any:
+    import transformers
+
+    options = {**_TIMM, **options}
+    config = transformers.TimmWrapperConfig(
+        architecture=name, num_labels=options.pop("num_classes"), model_args=options
+    )
+    return transformers.TimmWrapperForImageClassification(config)
+
+
 def make_torchvision(depth: int = 4) -> nn.Module:
     import torchvision
 
@@ -223,6 +233,10 @@ MORE_FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "hf-clip-eager": partial(make_clip, "CLIP", attention="eager"),
     "hf-metaclip2": partial(make_clip, "MetaClip2"),
     "hf-siglip": partial(make_clip, "Siglip"),
+    "hf-timm": make_timm_in_huggingface,
+    "hf-timm-beit": partial(
+        make_timm_in_huggingface, "beit_base_patch16_224", use_abs_pos_emb=False, init_values=0.5
+    ),
     "vit-pytorch": make_vit_pytorch,
     "vit-pytorch-mean": partial(make_vit_pytorch, pool="mean"),
     "vit-pytorch-simple": partial(make_vit_pytorch, "simple_vit.SimpleViT"),
@@ -288,6 +302,7 @@ POSITION_BIASED = {
     "hf-beit",
     "hf-beit-eager",
     "hf-data2vec",
+    "hf-timm-beit",
     "dinov3-trunk",
 }
 

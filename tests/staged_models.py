@@ -106,6 +106,29 @@ def make_huggingface_pyramid(name: str, attention: str = "eager", **options: Any
     return getattr(transformers, f"{name}ForImageClassification")(config)
 
 
+def make_huggingface_hiera(**options: Any) -> Any:
+    import transformers
+
+    config = transformers.HieraConfig(
+        embed_dim=16, image_size=[SIDE, SIDE], depths=[1, 1, 2], num_heads=[1, 2, 2],
+        num_query_pool=2, masked_unit_size=[4, 4], masked_unit_attention=[True, True, False],
+        mlp_ratio=1.0, num_labels=NUM_CLASSES, drop_path_rate=0.0, **options,
+    )  # fmt: skip
+    return transformers.HieraForImageClassification(config)
+
+
+def make_huggingface_levit(head: str = "") -> Any:
+    import transformers
+
+    config = transformers.LevitConfig(
+        image_size=128, hidden_sizes=[16, 32], num_attention_heads=[2, 2], depths=[2, 2],
+        key_dim=[8, 8], attention_ratio=[2, 2], mlp_ratio=[2, 2], drop_path_rate=0,
+        num_labels=NUM_CLASSES,
+    )  # fmt: skip
+    config.down_ops = [["Subsample", 8, 2, 4, 2, 2]]
+    return getattr(transformers, f"LevitForImageClassification{head}")(config)
+
+
 STAGED: dict[str, Staged] = {
     "swin": Staged(partial(make_swin, "swin_tiny_patch4_window7_224")),
     # 18, 9 and 5 tokens a side: windows and merging with padding.
@@ -113,7 +136,7 @@ STAGED: dict[str, Staged] = {
         partial(make_swin, "swin_tiny_patch4_window7_224", 72, always_partition=True), side=72
     ),
     "swin-v2": Staged(partial(make_swin, "swinv2_tiny_window8_256")),
-    "swin-v2-cr": Staged(partial(make_swin, "swinv2_cr_tiny_224")),
+    "swin-v2-cr": Staged(partial(make_swin, "swinv2_cr_tiny_224", strict_img_size=False)),
     "coatnet": Staged(partial(make_maxxvit, ("C", "T", "T"), (1, 2, 2), norm_layer="batchnorm2d")),
     "maxvit": Staged(partial(make_maxxvit, ("M", "M"), (1, 1))),
     "maxvit-nchw": Staged(partial(make_maxxvit, ("M", "M"), (1, 1), use_nchw_attn=True)),
@@ -132,6 +155,9 @@ STAGED: dict[str, Staged] = {
     "hf-pvt-v2-left-over": Staged(partial(make_huggingface_pyramid, "PvtV2"), side=58),
     "hf-segformer": Staged(partial(make_huggingface_pyramid, "Segformer", "sdpa")),
     "hf-segformer-eager": Staged(partial(make_huggingface_pyramid, "Segformer")),
+    "hf-hiera": Staged(make_huggingface_hiera, block=1),
+    "hf-levit": Staged(make_huggingface_levit, block=1, side=128),
+    "hf-levit-teacher": Staged(partial(make_huggingface_levit, "WithTeacher"), block=2, side=128),
     "torchvision-maxvit": Staged(make_torchvision_maxvit),
     **PYRAMIDS,
     **HYBRIDS,

@@ -72,7 +72,11 @@ def test_attention_labels_equal_explicit_attention(
     recorder.close()
     prefix = mixing.backbone.num_prefix_tokens
     last = recorder.attention[mixing.backbone.depth - 1].mean(1)
-    row = last[:, 0, prefix:] if mixing.backbone.class_token else last[:, prefix:, prefix:].mean(1)
+    row = (
+        last[:, 0, prefix:]
+        if mixing.backbone.reads_class_token
+        else last[:, prefix:, prefix:].mean(1)
+    )
     row = row / row.sum(1, keepdim=True)
     own = (row * out.trace.pixels.own.flatten(1)).sum(1)
     torch.testing.assert_close(out.trace.weights[:, 0], own, atol=1e-6, rtol=0)

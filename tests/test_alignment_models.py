@@ -111,7 +111,7 @@ def brute_force(
             keys = torch.cat([labels, *kept], 1)
         for stage in verticals:
             if index < stage.block:
-                if prefix and backbone.class_token:
+                if prefix and backbone.reads_class_token:
                     saliency = mean[:, 0, prefix:tokens]
                 else:
                     saliency = mean[:, prefix:tokens, prefix:tokens].mean(1)
@@ -185,7 +185,8 @@ def test_attention_labels_equal_explicit_attention(family: str) -> None:
     recorder.close()
     prefix = mixing.backbone.num_prefix_tokens
     last = recorder.attention[mixing.backbone.depth - 1].mean(1)
-    row = last[:, 0, prefix:] if prefix else last.mean(1)
+    by_class_token = prefix and mixing.backbone.pooling != "average"
+    row = last[:, 0, prefix:] if by_class_token else last[:, prefix:, prefix:].mean(1)
     row = row / row.sum(1, keepdim=True)
     own = (row * out.trace.pixels.own.flatten(1)).sum(1)
     torch.testing.assert_close(out.trace.weights[:, 0], own, atol=1e-6, rtol=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 import vitmix.models
 from golden import load_golden
 from vitmix.errors import InputError
-from vitmix.models import CCT, cct_names, create_model
+from vitmix.models import CCT, cct_names, create_model, input_side
 from vitmix.models import cct as cct_module
 
 LAYER_KEYS = {
@@ -258,6 +259,34 @@ def test_create_model_takes_the_size_that_a_model_is_registered_for():
     assert vit.patch_embed.img_size == (384, 384)
 
 
+@pytest.mark.parametrize("name", cct_names())
+def test_create_model_takes_the_published_size_of_cct(name):
+    with torch.device("meta"):
+        model = create_model(name, num_classes=3)
+    side = input_side(name)
+    assert model.img_size == (side, side)
+    assert f"_{side}" in name
+
+
+def test_create_model_takes_the_size_that_a_hub_model_tells(tmp_path):
+    pytest.importorskip("timm")
+    facts = {"input_size": [3, 384, 384], "fixed_input_size": True}
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 10, "pretrained_cfg": facts}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    name = f"local-dir:{tmp_path}"
+    assert input_side(name) == 384
+    options = {"num_classes": 3, "depth": 1, "embed_dim": 48}
+    assert create_model(name, **options).patch_embed.img_size == (384, 384)
+    assert create_model(name, img_size=64, **options).patch_embed.img_size == (64, 64)
+
+
+def test_a_new_classifier_has_the_dtype_of_the_old():
+    model = tiny().bfloat16()
+    model.reset_classifier(3)
+    size = (model.in_chans, *model.img_size)
+    assert model(torch.zeros(2, *size, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
 def test_create_model_names_the_nearest():
     pytest.importorskip("timm")
     with pytest.raises(InputError, match=r"'cct_7_3x1'.*'cct_7_3x1_32'"):
@@ -272,6 +301,15 @@ def test_create_model_refuses_patches_that_do_not_divide_the_image():
     pytest.importorskip("timm")
     with pytest.raises(InputError, match=r"16x16.*40x48"):
         create_model("vit_tiny_patch16_224", num_classes=5, img_size=(40, 48), depth=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "side"), [("pvt_v2_b0", 258), ("pvt_v2_b0", 32), ("pit_ti_224", 60)]
+)
+def test_create_model_takes_patches_that_overlap_at_any_size(name, side):
+    pytest.importorskip("timm")
+    model = create_model(name, num_classes=5, img_size=side)
+    assert model.eval()(torch.zeros(1, 3, side, side)).shape == (1, 5)
 
 
 def test_own_models_need_torch_only():

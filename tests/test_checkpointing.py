@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,6 +32,13 @@ def build(method: str, checkpointed: bool, **options: Any) -> vitmix.MixingModel
 
 def gradients(mixing: vitmix.MixingModel) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in mixing.named_parameters() if p.grad is not None}
+
+
+def require_same_gradients(expected: vitmix.MixingModel, observed: vitmix.MixingModel) -> None:
+    wanted, found = gradients(expected), gradients(observed)
+    assert wanted.keys() == found.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -102,6 +112,128 @@ def test_a_frozen_embedding() -> None:
         found.append(gradients(mixing))
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-5)
+
+
+FROZEN: dict[str, Callable[[Any], list[Any]]] = {
+    "all but the head": lambda model: [model.head],
+    "all but the last block": lambda model: [model.head, model.blocks[-1]],
+    "first blocks": lambda model: [model.head, *model.blocks[2:]],
+    "all but adapters": lambda model: [model.head, *(block.attn.proj for block in model.blocks)],
+}
+
+
+@pytest.mark.parametrize("trained", FROZEN)
+@pytest.mark.parametrize("method", ["tl-align", "horizontal", "vertical", "everything"])
+def test_frozen_parts(method: str, trained: str) -> None:
+    found = []
+    for checkpointed in (False, True):
+        mixing = build(method, checkpointed)
+        mixing.model.requires_grad_(False)
+        for part in FROZEN[trained](mixing.model):
+            part.requires_grad_(True)
+        torch.manual_seed(1)
+        mixing(*batch()).loss().backward()
+        assert hooks(mixing.model) == 0
+        found.append(mixing)
+    require_same_gradients(*found)
+
+
+def test_frozen_blocks_run_once() -> None:
+    mixing = build("horizontal", True)
+    model: Any = mixing.model
+    model.requires_grad_(False)
+    for block in model.blocks[2:]:
+        block.requires_grad_(True)
+    passes = [0] * len(model.blocks)
+    for index, block in enumerate(model.blocks):
+
+        def count(*_: object, index: int = index) -> None:
+            passes[index] += 1
+
+        block.mlp.register_forward_pre_hook(count)
+    mixing(*batch()).loss().backward()
+    assert passes == [1, 1, 2, 2]
+
+
+def test_only_the_last_block_is_trained_and_mixed_twice_before_the_backward() -> None:
+    """A pass waits for its backward pass even if no block is given anything with a graph."""
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model: Any = make_vit()
+        model.set_grad_checkpointing(checkpointed)
+        model.requires_grad_(False)
+        model.blocks[-1].requires_grad_(True)
+        mixing = vitmix.MixingModel(
+            model,
+            tokens=[vitmix.HorizontalTokenMixup(block=3, tau=math.inf, rho=0.0)],
+            num_classes=NUM_CLASSES,
+        ).train()
+        for out in [mixing(*batch(6, seed)) for seed in (1, 2)]:
+            out.loss().backward()
+        found.append(mixing)
+    require_same_gradients(*found)
+
+
+@pytest.mark.parametrize("method", ["horizontal", "vertical", "everything"])
+@pytest.mark.parametrize("ways", ["twice", "loss by loss", "torch.autograd.grad"])
+def test_several_backward_passes_over_one_graph(method: str, ways: str) -> None:
+    found = []
+    for checkpointed in (False, True):
+        mixing = build(method, checkpointed)
+        for stage in mixing.tokens:
+            stage.stop_gradient = False
+        torch.manual_seed(1)
+        out = mixing(*batch())
+        loss = out.loss()
+        if ways == "twice":
+            loss.backward(retain_graph=True)
+            loss.backward()
+        elif ways == "loss by loss":
+            if out.aux_loss.requires_grad:
+                out.aux_loss.backward(retain_graph=True)
+            (loss - out.aux_loss).backward()
+        else:
+            weights = list(mixing.model.parameters())
+            first = torch.autograd.grad(loss, weights, retain_graph=True)
+            second = torch.autograd.grad(loss, weights)
+            assert all(map(torch.equal, first, second))
+            for weight, gradient in zip(weights, first, strict=True):
+                weight.grad = gradient
+        assert hooks(mixing.model) == 0
+        found.append(mixing)
+    require_same_gradients(*found)
+
+
+@pytest.mark.parametrize("method", ["tl-align", "transmix"])
+def test_labels_alone_have_nothing_to_repeat(method: str) -> None:
+    mixing = build(method, True)
+    out = mixing(*batch())
+    assert hooks(mixing.model) == 0
+    out.loss().backward()
+
+
+@pytest.mark.parametrize("method", ["horizontal", "vertical"])
+def test_graphs_that_are_thrown_away_are_freed(method: str) -> None:
+    mixing = build(method, True)
+    for stage in mixing.tokens:
+        stage.stop_gradient = False
+    entered = []
+    for block in mixing.backbone.blocks:
+        block.module.register_forward_hook(lambda *given: entered.append(weakref.ref(given[2])))
+    for _ in range(3):
+        mixing(*batch())
+        gc.collect()
+    assert not any(tokens() is not None for tokens in entered)
+    assert len(mixing._replays) == 1
+
+
+def test_an_error_behind_the_pass_leaves_nothing() -> None:
+    mixing = build("manifold", True)
+    mixing.num_classes += 1
+    with pytest.raises(vitmix.InputError, match="logits"):
+        mixing(*batch())
+    assert hooks(mixing.model) == 0
 
 
 def test_a_step_that_is_thrown_away_leaves_nothing() -> None:

@@ -151,6 +151,8 @@ BAD_OPTIONS = [
     (["train", "--epochs", "0"], "--epochs to be at least 1, got 0"),
     (["train", "--lr", "-1"], "--lr to be greater than 0"),
     (["train", "--smoothing", "1"], "--smoothing to be at least 0 and less than 1"),
+    (["train", "--val-share", "1"], "--val-share to be at least 0 and less than 1"),
+    (["train", "--ratio", "0.8", "1.2"], "expected --scale with --ratio"),
     (["train", "--reprob", "1.5"], "--reprob to be between 0 and 1"),
     (["train", "--name", "a/b"], "--name to be a plain folder name"),
     (["train", "--scale", "0.5"], "2 values after --scale"),

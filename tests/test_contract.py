@@ -27,6 +27,7 @@ from contract import (
     IN_DEPTH,
     METHODS,
     OUTSIDE,
+    blocks_of,
     cell,
     contract,
     hooks,
@@ -34,6 +35,7 @@ from contract import (
     make,
     refusal,
     side_of,
+    wrap,
 )
 from more_models import logits_of, unsettle
 
@@ -78,10 +80,7 @@ def test_step(family: str, method: str, record_property: Note) -> None:
     assert (out.targets >= 0).all()
     out.loss().backward()
     logits_of(plain_output).sum().backward()
-    unused = {f"model.{name}" for name, value in plain.named_parameters() if value.grad is None}
-    for name, parameter in mixing.named_parameters():
-        assert (parameter.grad is None) == (name in unused), name
-        assert name in unused or parameter.grad.isfinite().all(), name
+    require_gradients_of(mixing, plain)
 
     assert hooks(mixing.model) == 0
     assert list(mixing.model.state_dict()) == list(plain.state_dict())
@@ -91,17 +90,20 @@ def test_step(family: str, method: str, record_property: Note) -> None:
     assert torch.equal(logits_of(mixing.detach()(images)), after)
 
 
+def require_gradients_of(mixing: vitmix.MixingModel, plain: nn.Module) -> None:
+    """Every parameter has a finite gradient, but those that have none in the model alone."""
+    unused = {f"model.{name}" for name, value in plain.named_parameters() if value.grad is None}
+    for name, parameter in mixing.named_parameters():
+        assert (parameter.grad is None) == (name in unused), name
+        assert name in unused or parameter.grad.isfinite().all(), name
+
+
 def refused(family: str, method: str, expected_words: str, record_property: Note) -> None:
-    """The refusal comes at the latest in the first step, and leaves nothing behind."""
-    models: list[nn.Module] = []
-
-    def attempt() -> None:
-        models.append(make(family, method).train())
-        models[0](*images_of(family))
-
+    """The refusal comes before the first step, and leaves nothing behind."""
+    model = EVERY_FAMILY[family]()
     with pytest.raises(vitmix.UnsupportedModelError, match=expected_words) as error:
-        attempt()
-    assert sum(map(hooks, models)) == 0
+        wrap(family, model=model, **METHODS[method](blocks_of(family)))
+    assert hooks(model) == 0
     found = re.search(r"found (.*?)(?:\. The model|$)", str(error.value), re.DOTALL)
     assert found is not None
     record_property("contract", f"refused: {found[1]}")
@@ -141,7 +143,9 @@ def autocast_step(family: str, method: str, device: str, dtype: torch.dtype) -> 
     assert loss.isfinite()
     scaler.scale(loss).backward()
     scaler.unscale_(optimiser)
-    assert all(p.grad is None or p.grad.isfinite().all() for p in mixing.parameters())
+    plain = EVERY_FAMILY[family]().to(device).train()
+    logits_of(plain(images)).sum().backward()
+    require_gradients_of(mixing, plain)
     before = [parameter.detach().clone() for parameter in mixing.parameters()]
     scaler.step(optimiser)
     assert not all(map(torch.equal, before, mixing.parameters()))

@@ -29,7 +29,13 @@ from vitmix.train.augment import (
 from vitmix.train.config import TrainConfig
 from vitmix.train.data import load_data
 from vitmix.train.decoding import DECODE_ERRORS, centred, image_size, pixels_of
-from vitmix.train.loading import Loader, loading_processes, make_augment, make_loader
+from vitmix.train.loading import (
+    Loader,
+    check_crops,
+    loading_processes,
+    make_augment,
+    make_loader,
+)
 from vitmix.train.operations import MOVES, OPERATIONS, POINTWISE, look_up, warp
 from vitmix.train.policies import SPACES, ColorJitter, Policy, make_policy
 
@@ -145,6 +151,16 @@ def test_parquet_reads_names_bytes_and_row_order(tmp_path: Path) -> None:
     assert data.train.images is not None
     assert data.train.images[:, 0, 0, 0].tolist() == [0, 10, 20, 30]
     assert len(data.test) == 2
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_the_first_rows_of_sorted_images_have_all_classes(tmp_path: Path, split: bool) -> None:
+    labels = [k // 8 for k in range(40)]
+    parquet(tmp_path / "train.parquet", list(labels), None)
+    if split:
+        parquet(tmp_path / "test.parquet", list(labels), None)
+    data = load_data(TrainConfig(data=str(tmp_path), train_limit=10))
+    assert data.train.labels.bincount().tolist() == [2] * 5
 
 
 def test_parquet_label_column_by_choice(tmp_path: Path) -> None:
@@ -418,6 +434,18 @@ def test_torchvision_sets_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert data.classes == ("cat", "dog")
     assert data.train.labels.tolist() == [0, 1, 1, 0]
     assert data.test.labels.tolist() == [1, 0]
+
+
+def test_a_crop_that_images_do_not_get_is_refused(tmp_path: Path) -> None:
+    small = load_data(TrainConfig(data="fake:2x32x8"))
+    check_crops(small, TrainConfig(crop_padding=2))
+    check_crops(small, TrainConfig(scale=[0.5, 1.0], ratio=[0.8, 1.2]))
+    with pytest.raises(InputError, match="expected --scale with --ratio"):
+        check_crops(small, TrainConfig(ratio=[0.8, 1.2]))
+    large = load_data(TrainConfig(data=str(class_folders(tmp_path, {"a": 4, "b": 4}, (128, 128)))))
+    check_crops(large, TrainConfig(ratio=[0.8, 1.2]))
+    with pytest.raises(InputError, match="too many or too large to keep in memory"):
+        check_crops(large, TrainConfig(crop_padding=2))
 
 
 # --- augmentation

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import vitmix
-from home_made import FromEncoder, HandWritten, InStages
+from home_made import FromEncoder, FromPairs, HandWritten, InStages
 from models import NUM_CLASSES, SIZE, batch, make_vit
 from more_models import BACKBONES, MORE_FAMILIES
 from recorders import CallRecorder
@@ -231,3 +231,41 @@ def test_whole_blocks_give_what_their_parts_give() -> None:
         results.append(mixing.train()(*batch()))
     torch.testing.assert_close(results[0].logits, results[1].logits)
     torch.testing.assert_close(results[0].targets, results[1].targets)
+
+
+class ByKeyword(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x=x)
+
+
+@pytest.mark.parametrize(
+    ("stage", "named"),
+    [
+        (horizontal(), "Pair"),
+        (horizontal(saliency="gradient"), "Pair"),
+        (vitmix.VerticalTokenMixup(block=1, kappa=3), "Attention"),
+    ],
+    ids=["horizontal", "gradient", "vertical"],
+)
+def test_tokens_by_keyword_are_refused(stage: vitmix.TokenStage, named: str) -> None:
+    model: Any = FromPairs(SIZE, 8, 32, 2, NUM_CLASSES)
+    layers = list(model.layers)
+    attentions = [layer.attend.attention for layer in layers]
+    for index, layer in enumerate(layers):
+        if named == "Pair":
+            model.layers[index] = ByKeyword(layer)
+        else:
+            layer.attend.attention = ByKeyword(attentions[index])
+    blocks = [
+        vitmix.Block(layer, attention, attention)
+        for layer, attention in zip(layers, attentions, strict=True)
+    ]
+    backbone = vitmix.describe(model, blocks=blocks, grid=(SIZE // 8, SIZE // 8), embed_dim=32)
+    mixing = vitmix.MixingModel(model, tokens=[stage], num_classes=NUM_CLASSES, backbone=backbone)
+    with pytest.raises(vitmix.UnsupportedModelError, match=f"{named}, found none.* keyword"):
+        mixing.train()(*batch())
+    assert hooks(model) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
+from torchmetrics.functional.classification import multiclass_calibration_error
 
 import vitmix
 from models import NUM_CLASSES, make_cct
 from vitmix.cli import main
 from vitmix.evaluate import measures
+from vitmix.evaluate.checkpoint import evaluate_model, open_run
 from vitmix.evaluate.measured import MEASURES, chosen_measures
 from vitmix.evaluate.measures import Subject, inside_box, occluded, reliability
 
@@ -148,6 +151,44 @@ def test_the_diagram_and_the_error_agree(seed: int) -> None:
     assert found["ece"] == pytest.approx(error, abs=1e-6)
 
 
+def test_the_calibration_error_is_that_of_torchmetrics() -> None:
+    """Whose sixteenth bin, of those that are wholly sure, is no bin here."""
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (200, 3, 4, 4), dtype=torch.uint8)
+    labels = torch.randint(5, (200,))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
+    probabilities = model(images / 127.5 - 1).softmax(1)
+    found = measures.calibration(subject(model, images, labels, 5, size=200))
+    for key, norm in (("ece", "l1"), ("mce", "max")):
+        theirs = multiclass_calibration_error(probabilities, labels, 5, n_bins=15, norm=norm)  # type: ignore[arg-type]
+        assert found[key] == pytest.approx(float(theirs), abs=1e-6)
+
+    class Sure(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            certain = images.new_tensor([200.0, 0.0]).expand(len(images) // 2, 2)
+            return torch.cat((certain, images.new_tensor([3.0, 0.0]).expand(len(certain), 2)))
+
+    found = measures.calibration(subject(Sure(), images[:8], torch.tensor([0, 0, 0, 1] * 2), 2, 8))
+    assert len(found["bins"]) == 1
+    assert found["ece"] == found["mce"] == pytest.approx(abs((1 + 0.952574) / 2 - 0.75), abs=1e-5)
+
+
+def test_gradients_after_accuracies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the model is moved to another device, which makes new parameters."""
+
+    class Moved(nn.Linear):
+        def to(self, *args: Any, **kwargs: Any) -> Any:
+            self.weight.data = self.weight.data.clone()
+            return self
+
+    model = Moved(48, 2)
+    images, labels = torch.zeros(4, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
+    evaluate_model(model, [(images, labels)], lambda raw: raw.float().flatten(1), 2)  # type: ignore[arg-type]
+    assert not model.weight.is_inference()
+    who = Subject(model, lambda: [(images, labels)], lambda raw: raw.float().flatten(1), 2)
+    assert measures.fgsm(who)["images"] == 4
+
+
 def test_a_step_as_large_as_the_margin_turns_the_class() -> None:
     images = torch.tensor([126, 124, 129, 131], dtype=torch.uint8)
     images = images.view(4, 1, 1, 1).expand(4, 3, 5, 5)
@@ -188,6 +229,13 @@ def test_corruptions_at_every_severity() -> None:
     assert (np.random.get_state()[1] == state).all()  # type: ignore[index] # noqa: NPY002
     assert found["accuracy"]["brightness"] == [1.0, 0.0]  # brighter by 0.1 and by 0.5
     assert found["mean"] == pytest.approx(np.mean(list(found["accuracy"].values())))
+    seen: list[Tensor] = []
+    prepare = who.prepare
+    who = replace(who, prepare=lambda raw: prepare(seen.append(raw.clone()) or raw))
+    for _ in range(2):
+        measures.corruptions(who, ["impulse_noise", "shot_noise", "glass_blur"], (5,))
+    assert all(torch.equal(seen[k], seen[k + 3]) for k in range(3))  # the same noise every time
+    assert not torch.equal(seen[0][0] - 40, seen[0][1] - 60)  # another one for each image
     with pytest.raises(vitmix.InputError, match="at least 32 x 32"):
         measures.corruptions(subject(Brightness(), images[..., :16], torch.tensor([0, 0]), 2))
 
@@ -246,6 +294,24 @@ def test_some_measures_elsewhere(
     assert {"fgsm", "calibration", "top1"} < set(found)
     assert found == json.loads((tmp_path / "evaluation.json").read_text())
     assert found["fgsm"]["accuracy"][0] == pytest.approx(found["top1"] / 100)
+
+
+def test_batches_are_as_large_as_asked_for(run: Path) -> None:
+    sizes = [len(labels) for _, labels in open_run(str(run), batch_size=4).batches()]
+    assert sizes == [4, 4, 2]
+    assert [len(labels) for _, labels in open_run(str(run)).batches()] == [10]
+
+
+def test_other_data_is_tested_on_as_it_comes(run: Path, tmp_path: Path) -> None:
+    """What said where the run's own labels and test images were says nothing about others."""
+    boxed_parquet(tmp_path / "train.parquet", 6)
+    boxed_parquet(tmp_path / "test.parquet", 4)
+    more = ["--label-column", "label", "--val-share", "0.5", "--epochs", "1", "--batch-size", "4"]
+    more += ["--model", "cct_2_3x2_32", "--out", str(tmp_path), "--name", "held-out"]
+    assert main(["train", "--data", str(run.parent), *more]) == 0
+    held_out = open_run(str(tmp_path / "held-out"))
+    assert len(held_out.data.test) == 8
+    assert len(open_run(str(tmp_path / "held-out"), data=str(tmp_path)).data.test) == 4
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 import vitmix
 from contract import METHODS, hooks, horizontal, make
 from models import FAMILIES, NUM_CLASSES, batch, make_cct, make_vit
+from more_models import make_huggingface
 
 pytest.importorskip("timm")
 
@@ -182,6 +184,7 @@ BAD: list[tuple[str, Callable[[], object], str]] = [
     ("mix kind", lambda: make_with([], mix="cutmix"), "mix"),
     ("labels kind", lambda: make_with([], labels="area"), "labels"),
     ("tokens kind", lambda: make_with(["htm"]), "tokens"),
+    ("no list of tokens", lambda: make_with(None), "tokens"),
     ("class token", lambda: make_with([horizontal(pool="class_token")]), "class token"),
     ("one block", lambda: make_with([horizontal(), horizontal(tau=1.0)]), "two .* at block 1"),
     (
@@ -241,6 +244,26 @@ def test_wrong_number_of_classes() -> None:
     mixing = make_with([], num_classes=5).train()
     with pytest.raises(vitmix.InputError, match="logits"):
         mixing(batch()[0], torch.zeros(6, dtype=torch.long))
+
+
+def test_a_single_stage() -> None:
+    expected = make_with([horizontal()]).tokens
+    assert repr(make_with(horizontal()).tokens) == repr(expected)
+
+
+def test_stages_are_of_floating_point_beside_quantised_weights() -> None:
+    model = make_cct()
+    model.register_parameter("packed", nn.Parameter(torch.zeros(2, dtype=torch.uint8), False))
+    assert not next(model.parameters()).is_floating_point()
+    mixing = vitmix.MixingModel(model, tokens=horizontal(), num_classes=NUM_CLASSES)
+    assert {parameter.dtype for parameter in mixing.tokens.parameters()} == {torch.float32}
+    mixing.train()(*batch()).loss().backward()
+
+
+def test_a_model_without_parameters() -> None:
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    mixing = vitmix.MixingModel(pooled, mix=vitmix.CutMix(), num_classes=3).train()
+    mixing(torch.rand(2, 3, 8, 8), torch.tensor([0, 2])).loss()
 
 
 def test_a_stage_belongs_to_one_model() -> None:
@@ -317,6 +340,26 @@ def test_pixels_of_any_classifier_can_be_mixed(method: str) -> None:
     out.loss().backward()
 
 
+@pytest.mark.parametrize("mix", [vitmix.CutMix(), vitmix.TokenMix(mask="random"), vitmix.Mixup()])
+@pytest.mark.parametrize("draw", ["batch", "element"])
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_shares_are_those_of_patches_where_an_image_is_cropped(
+    mix: vitmix.pixels.PixelMix, draw: Any, library: str
+) -> None:
+    """At 38 pixels, 4 patches of 8 a side; the last 6 pixels are not seen."""
+    huggingface = partial(make_huggingface, "Dinov2", use_mask_token=False)
+    model = make_vit(img_size=38) if library == "timm" else huggingface()
+    mix = vitmix.OneOf([mix], draw=draw)
+    mixing = vitmix.MixingModel(model, mix=mix, num_classes=NUM_CLASSES).train()
+    images = torch.arange(6.0)[:, None, None, None].expand(-1, 3, 38, 38).contiguous()
+    out = mixing(images, torch.arange(6), record=True)
+    mixture = out.trace.record.evidence.mixture
+    patches = nn.functional.avg_pool2d(out.trace.images[:, :1], 8).flatten(1)
+    expected = (mixture.shares[:, 1:] * mixture.sources[:, None]).sum(2)
+    torch.testing.assert_close(patches, expected)
+    assert torch.equal(out.trace.images[..., 32:], images[..., 32:])
+
+
 def test_a_block_without_attention_is_an_error() -> None:
     """A hook or a tap that sees nothing is never a silent no-op."""
     model = make_vit()
@@ -328,6 +371,16 @@ def test_a_block_without_attention_is_an_error() -> None:
     with pytest.raises(vitmix.UnsupportedModelError, match="block 2"):
         mixing.train()(*batch())
     assert hooks(model) == 0
+
+
+def test_replicas_of_data_parallel_only_predict() -> None:
+    mixing = make("cct", "cutmix").train()
+    replica: Any = mixing._replicate_for_data_parallel()  # what nn.DataParallel runs in threads
+    replica.model = mixing.model
+    with pytest.raises(vitmix.UnsupportedModelError, match=r"DistributedDataParallel .* torchrun"):
+        replica(*batch())
+    images, _ = batch()
+    assert torch.equal(replica.eval()(images), mixing.eval()(images))
 
 
 def test_distilled_training_uses_both_heads() -> None:

@@ -111,6 +111,13 @@ WRAPPERS: dict[str, tuple[Callable[[State], State], str]] = {
         lambda state: {"model": {f"module._orig_mod.{k}": value for k, value in state.items()}},
         "model",
     ),
+    "averaged": (
+        lambda state: {
+            "n_averaged": torch.tensor(3),
+            **{f"module.{key}": value for key, value in state.items()},
+        },
+        "",
+    ),
     "timm": (
         lambda state: {
             "arch": "cct",

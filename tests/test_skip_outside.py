@@ -64,6 +64,22 @@ def test_a_branch_gives_what_the_whole_block_gives(method: str, checkpointed: bo
         torch.testing.assert_close(found.grad, parameter.grad, atol=1e-6, rtol=1e-4, msg=name)
 
 
+def test_a_frozen_branch_in_a_checkpoint_that_is_trained() -> None:
+    """A second pass comes although no block has a graph."""
+    found = []
+    for checkpointed in (False, True):
+        mixing = build(branch, "manifold", checkpointed)
+        model: Any = mixing.model
+        model.requires_grad_(False)
+        model.layers[-1].mlp.requires_grad_(True)
+        mixing.tokens[0].block = (len(model.layers) - 1,)
+        mixing(*batch()).loss().backward()
+        assert hooks(model) == 0
+        found.append([parameter.grad for parameter in model.layers[-1].mlp.parameters()])
+    for expected, observed in zip(*found, strict=True):
+        torch.testing.assert_close(observed, expected, atol=1e-6, rtol=1e-5)
+
+
 def test_logits_of_a_manual_pass() -> None:
     from vit_pytorch import ViT
 

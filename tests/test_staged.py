@@ -124,7 +124,7 @@ def saliency_of(reach: Any, backbone: Any, mean: torch.Tensor, size: int) -> tor
             for place, key in enumerate(keys):
                 out[:, key] += mean[:, w, real, place].sum(1) / result
         return out[:, :-1]
-    row = mean[:, 0, prefix:] if backbone.class_token else mean[:, prefix:, prefix:].mean(1)
+    row = mean[:, 0, prefix:] if backbone.reads_class_token else mean[:, prefix:, prefix:].mean(1)
     if reach.keys is None:
         return row
     stride = reach.cell or (-(-rows // reach.keys[0]), -(-columns // reach.keys[1]))
@@ -440,3 +440,37 @@ def test_keys_that_are_averages_row_by_row() -> None:
     torch.testing.assert_close(reach.key_shares(shares), averages)
     saliency = torch.rand(2, 4)
     torch.testing.assert_close(reach.image_saliency(saliency), saliency.repeat_interleave(4, 1) / 4)
+
+
+@pytest.mark.parametrize("side", [224, 256, 320])
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_pooled_keys_are_those_of_the_models_own_pool(library: str, side: int) -> None:
+    """PVT v2 with linear attention averages to 7 x 7 keys, in cells that may overlap."""
+    backbone = vitmix.describe(linear_pvt(library))
+    first = backbone.grid((side, side))
+    for index, block in enumerate(backbone.blocks):
+        grid = backbone.block_grid(index, first)
+        shares = torch.rand(2, grid[0] * grid[1], 2, requires_grad=True)
+        maps = shares.transpose(1, 2).unflatten(2, grid)
+        expected = block.attention.pool(maps).flatten(2).transpose(1, 2)
+        reach = backbone.reach(index, grid)
+        torch.testing.assert_close(reach.key_shares(shares), expected)
+        saliency = torch.rand(2, 49)
+        (spread,) = torch.autograd.grad(expected, shares, saliency[..., None].expand(-1, -1, 2))
+        torch.testing.assert_close(reach.image_saliency(saliency), spread[..., 0])
+
+
+def linear_pvt(library: str) -> Any:
+    if library == "timm":
+        import timm
+
+        return timm.create_model(
+            "pvt_v2_b2_li", depths=(1, 1, 1, 1), embed_dims=(8, 8, 16, 16), num_heads=(1, 1, 1, 1)
+        )
+    import transformers
+
+    config = transformers.PvtV2Config(
+        linear_attention=True, depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 16],
+        num_attention_heads=[1, 1, 1, 1],
+    )  # fmt: skip
+    return transformers.PvtV2ForImageClassification(config)

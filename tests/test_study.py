@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -9,13 +10,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from scipy import stats
 
 import vitmix
 from vitmix.cli import main
 from vitmix.evaluate.study import read_study, studies
-from vitmix.evaluate.study_tables import paired
+from vitmix.evaluate.study_results import measures_in, taken_on
+from vitmix.evaluate.study_tables import ROUNDED, paired
+from vitmix.train.folder import claim_folder, held
+from vitmix.train.methods import method_name
 
 ROOT = Path(__file__).parent.parent
 STUDY = """
@@ -77,6 +85,9 @@ def test_paired_differences() -> None:
     assert found["p"] == pytest.approx(stats.ttest_rel(first, second).pvalue)
     assert paired([1.0], [0.5]) == {"mean": 0.5, "seeds": 1}
     assert paired([1.0, 2.0], [0.5, 1.5])["p"] is None
+    # Three images of 359 more at every seed, in percent with four digits.
+    found = paired([98.8858, 98.3287, 97.7716], [98.0501, 97.4930, 96.9359], ROUNDED)
+    assert (found["p"], found["sd"]) == (None, 0.0)
 
 
 def test_only_what_is_missing_is_trained(
@@ -125,6 +136,89 @@ def test_measures_of_every_run(
     assert "measure " not in capsys.readouterr().out
     row = json.loads((out / "study.json").read_text())["cells"][1]
     assert len(row["measures"]["calibration error %"]) == 2
+
+
+def test_measures_are_of_the_run_and_of_so_many_images(
+    study: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "runs"
+    command = ["study", study, "--out", str(out), "--cells", "none", "--seeds", "1", "--measures"]
+    assert main([*command, "calibration,fgsm", "--limit", "2"]) == 0
+    assert main([*command, "occlusion"]) == 0
+    assert main([*command, "fgsm"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    measured = [line.partition(": ")[2] for line in lines if line.startswith("measure ")]
+    assert measured == ["calibration, fgsm", "occlusion", "fgsm"]
+    (folder,) = out.glob("none-*")
+    found = measures_in(folder)
+    taken = {name: taken_on(found[name]) for name in ("calibration", "occlusion", "fgsm")}
+    assert taken == {"calibration": 2, "occlusion": 4, "fgsm": 4}
+    # Those of a checkpoint in the folder, or of other data, are not the run's.
+    assert main(["evaluate", str(folder / "best.ckpt"), "--measures", "fgsm"]) == 0
+    assert measures_in(folder) == {}
+    other = ["--data", "fake:3x32x20", "--measures", "fgsm"]
+    assert main(["evaluate", str(folder), *other]) == 0
+    assert measures_in(folder) == {}
+    assert main(["study", study, "--out", str(out), "--limit", "2"]) == 2
+    assert "--limit with --measures" in capsys.readouterr().err
+
+
+def test_runs_on_other_images_are_refused(
+    study: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two folders of one name."""
+    for place, seed in (("here", 0), ("there", 1)):
+        for split, count in (("train", 8), ("test", 4)):
+            save_images(tmp_path / place / "data" / f"{split}.parquet", count, seed)
+    command = ["study", study, "--out", str(tmp_path / "runs"), "--cells", "none"]
+    assert main([*command, "--data", str(tmp_path / "here" / "data"), "--seeds", "1"]) == 0
+    assert main([*command, "--data", str(tmp_path / "there" / "data"), "--seeds", "2"]) == 2
+    assert "none seed 1" in (message := capsys.readouterr().err)
+    assert "has others than none seed 0" in message
+
+
+def save_images(path: Path, count: int, seed: int) -> None:
+    rng, images = np.random.default_rng(seed), []
+    for _ in range(count):
+        buffer = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(buffer, "PNG")
+        images.append({"bytes": buffer.getvalue(), "path": None})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"image": images, "label": [k % 2 for k in range(count)]}), path)
+
+
+def test_a_run_that_fails_does_not_keep_the_others_from_being_trained(
+    study: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An enormous learning rate breaks the loss."""
+    Path(study).write_text(STUDY.replace("{method: tl-align}", "{lr: 1.0e+30, warmup_epochs: 0}"))
+    command = ["study", study, "--seeds", "1", "--epochs", "4"]
+    for jobs in ("1", "2"):
+        out = tmp_path / jobs
+        assert main([*command, "--jobs", jobs, "--out", str(out)]) == 1
+        shown = capsys.readouterr()
+        assert "1 of 3 runs failed (aligned seed 0)" in shown.err
+        assert "aligned seed 0  failed: " in shown.out
+        assert len(list(out.glob("*/results.json"))) == 2
+        assert "| both |" in (out / "study.md").read_text()
+
+
+def test_a_teacher_has_the_settings_of_its_student(study: str, tmp_path: Path) -> None:
+    Path(study).write_text(
+        STUDY.replace("{method: tl-align}", "{method: tokenmix, model: cct_4_3x2_32}")
+    )
+    assert main(["study", study, "--seeds", "1", "--out", str(tmp_path / "runs")]) == 0
+    (folder,) = (tmp_path / "runs").glob("aligned-*")
+    teacher = json.loads((folder / "teacher" / "results.json").read_text())
+    assert teacher["model"] == "cct_4_3x2_32"
+
+
+def test_one_process_at_a_time_trains_a_run(tmp_path: Path) -> None:
+    folder = claim_folder(str(tmp_path), "run", "run", False, {"seed": 0})
+    with held(folder), pytest.raises(vitmix.InputError, match="in use by another"), held(folder):
+        pass
+    with held(folder):  # it was let go
+        pass
 
 
 def test_stored_results_count_as_finished(
@@ -240,6 +334,10 @@ def test_ablation_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (("title:", "titel:"), "did you mean 'title'"),
         (("tl-align", "tl-alin"), "tl-align"),
         (("[horizontal, vertical]", "[horizontal, vertical"), "expected YAML"),
+        (("epochs: 1", "epochs: many"), "whole number, got 'many', in `settings` in"),
+        (("{method: tl-align}", "{precision: fp64}"), "one of fp32, .*, in cell 'aligned'"),
+        (("{method: tl-align}", "tl-align"), "expected settings of vitmix train in cell 'aligned'"),
+        (("seeds: 2", "seeds: [0, 1]"), "as a number of seeds"),
     ],
 )
 def test_files_that_are_wrong(study: str, change: tuple[str, str], message: str) -> None:
@@ -247,6 +345,49 @@ def test_files_that_are_wrong(study: str, change: tuple[str, str], message: str)
     path.write_text(STUDY.replace(*change))
     with pytest.raises(vitmix.InputError, match=message):
         read_study(study)
+
+
+def test_text_in_a_file_is_what_its_setting_says(study: str) -> None:
+    path = Path(study)
+    path.write_text(STUDY.replace("epochs: 1", "epochs: 1, lr: 1e-3").replace("[none]", "none"))
+    found = read_study(study)
+    assert found.cells[0].config.lr == 1e-3  # which YAML takes for text
+    assert found.against == ("none",)
+
+
+def parts(name: str, **given: object) -> dict[str, tuple[str, object]]:
+    return {
+        cell.name: (method_name(cell.config), cell.config.tau)
+        for cell in read_study(name, given).cells
+    }
+
+
+def test_rows_are_what_their_names_say_under_any_recipe() -> None:
+    for name in ("parts", "combinations", "digits"):
+        plain = parts(name)
+        for recipe in ("cct7-cifar100", "cct7-cifar100-tokenmixup-h"):
+            assert parts(name, recipe=recipe) == plain
+    found = {cell: method for cell, (method, _) in parts("cifar100-gpu").items()}
+    assert found == {
+        "baseline": "mixup+cutmix",
+        "horizontal": "mixup+cutmix+horizontal",
+        "vertical": "mixup+cutmix+vertical",
+        "horizontal+vertical": "mixup+cutmix+horizontal+vertical",
+        "tl-align": "tl-align",
+        "tokenmix+tl-align": "tokenmix+aligned",
+        "everything": "mixup+tokenmix+aligned+horizontal+vertical",
+    }
+
+
+def test_options_leave_rows_what_they_are_about() -> None:
+    found = parts("sensitivity", tau=1.5)
+    assert found["horizontal"] == ("tokenmixup-h", 1.5)
+    assert found["tau 3"] == ("tokenmixup-h", 3.0)
+    assert found["kappa 3"] == ("tokenmixup-v", None)  # has no use for it
+    found = parts("parts", tau=1.5)
+    assert found["no assignment"][1] == 1.5
+    assert found["no ScoreNet"][1] is None  # says tau itself, among the arguments of its stage
+    assert found["without"] == ("none", None)
 
 
 @pytest.mark.parametrize(

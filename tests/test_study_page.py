@@ -49,8 +49,10 @@ def test_every_stored_result_is_on_the_page(page: Any) -> None:
 
 def test_correction_for_several_rows(page: Any) -> None:
     values = {"a": 0.001, "b": 0.04, "c": 0.02, "d": 0.5}
-    assert page._holm(values) == {"a"}  # 0.001 x 4, then 0.02 x 3 is no more below 0.05
-    assert page._holm(values | {"c": 0.016, "b": 0.024}) == {"a", "c", "b"}
+    assert page._holm(values, 4) == {"a"}  # 0.001 x 4, then 0.02 x 3 is no more below 0.05
+    assert page._holm(values | {"c": 0.016, "b": 0.024}, 4) == {"a", "c", "b"}
+    assert page._holm({"a": 0.012}, 4) == {"a"}
+    assert page._holm({"a": 0.012}, 5) == set()  # a row without a test is one of the family
 
 
 def test_released_mask_minus_the_papers(page: Any) -> None:

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import vitmix
+from vitmix.cli import _configure_compare
 from vitmix.errors import InputError
 from vitmix.evaluate.checkpoint import evaluate_checkpoint
-from vitmix.evaluate.compare import _settings_of, compare, parse_seeds
+from vitmix.evaluate.compare import _command, _settings_of, compare, parse_seeds
 from vitmix.evaluate.table import as_markdown, as_text, header, summarise, table_rows
 from vitmix.models import create_model
+from vitmix.options import Parser
 from vitmix.plots.curves import read_metrics
 from vitmix.plots.run_figures import save_run_figures
 from vitmix.train import run as run_module
@@ -34,6 +37,7 @@ from vitmix.train.folder import claim_folder, read_settings
 from vitmix.train.methods import LABELS, METHODS, MIXES, TOKENS, method_of, parse_method
 from vitmix.train.module import NonFiniteLossError
 from vitmix.train.optimiser import check_optimiser, learning_rate_factor, parameter_groups
+from vitmix.train.recipes import settings_under
 from vitmix.train.run import Interrupted, train_run
 from vitmix.train.stages import build_mixing
 
@@ -630,6 +634,31 @@ def test_folders_are_never_written_over(tmp_path: Path) -> None:
 
 
 # --- comparison
+
+
+@pytest.mark.parametrize(
+    ("settings", "seeds"),
+    [
+        (TrainConfig(data="fake:3x32x16", mean=[0.1, 0.2, 0.3], lr=1e-05, tau="auto:0.5"), [2]),
+        (TrainConfig(model_kwargs={"num_layers": 3}, channels_last=True, download=True), [0, 1]),
+        (TrainConfig(recipe="cct7-cifar100", data="my data", epochs=3, mixup=0.3), [4, 7]),
+    ],
+)
+def test_the_command_of_a_report_does_it_again(settings: TrainConfig, seeds: list[int]) -> None:
+    recipe = {} if settings.recipe is None else {"recipe": settings.recipe}
+    base = settings_under(recipe, whole_method=True)
+    plain = TrainConfig().to_dict()
+    given = {key: value for key, value in settings.to_dict().items() if value != plain[key]}
+    settings = TrainConfig.from_dict(base | given | {"seed": seeds[0], "out": "elsewhere"})
+    words = shlex.split(_command(settings, ["none", "cutmix"], seeds))
+    assert words[:2] == ["vitmix", "compare"]
+    parser = Parser("vitmix compare", "compare", "")
+    _configure_compare(parser)
+    found = parser.parse(words[2:])
+    assert found["methods"] == "none,cutmix"
+    assert parse_seeds(found["seeds"] or "1", found.get("seed", 0)) == seeds
+    again = TrainConfig.from_dict(found | {"seed": seeds[0], "out": "elsewhere"})
+    assert again == settings
 
 
 def test_comparison_writes_table_plots_and_report(

@@ -53,18 +53,47 @@ class AttentionCall:
     enable_gqa: bool = False
     given: tuple[AttentionCall, Block] | None = None
 
+    @property
+    def mask(self) -> Tensor | None:
+        """``attn_mask``, or that which ``is_causal`` stands for."""
+        if not self.is_causal:
+            return self.attn_mask
+        sides = (self.query.shape[-2], self.key.shape[-2])
+        return torch.ones(sides, dtype=torch.bool, device=self.query.device).tril()
+
     def within(self, block: Block | None) -> AttentionCall:
-        """The same with ``(B', H, N, d)`` queries, keys and values of as many heads each."""
+        """The same with ``(B', H, N, d)`` queries, keys and values of as many heads each.
+
+        Raises:
+            UnsupportedModelError: no axis of heads.
+        """
         if block is None:
             return self
+        if self.query.ndim < (3 if block.heads else 4):
+            raise UnsupportedModelError(
+                f"looked for attention (B, H, N, d) in {type(block.module).__name__}, found "
+                f"queries {tuple(self.query.shape)}"
+            )
         query, key, value = map(block.by_heads, (self.query, self.key, self.value))
         mask = self.attn_mask
         if mask is not None and query is not self.query:
             mask = block.by_heads(mask.expand(*self.query.shape[:-1], self.key.shape[-2]))
+        heads = query.shape[1]
         if key.shape[1] == 1:
-            key, value = (each.expand(-1, query.shape[1], -1, -1) for each in (key, value))
-        given = (self, block)
-        return replace(self, query=query, key=key, value=value, attn_mask=mask, given=given)
+            key, value = (each.expand(-1, heads, -1, -1) for each in (key, value))
+        elif self.enable_gqa:
+            key, value = (
+                each.repeat_interleave(heads // each.shape[1], 1) for each in (key, value)
+            )
+        return replace(
+            self,
+            query=query,
+            key=key,
+            value=value,
+            attn_mask=mask,
+            enable_gqa=False,
+            given=(self, block),
+        )
 
     def as_given(self, result: Tensor) -> Tensor:
         """A result ``(B', H, N, d)`` as the model takes it."""
@@ -193,9 +222,7 @@ def read_attention(block: Block, tokens: Tensor, run: Run) -> tuple[Tensor, Tens
     maps: list[Tensor] = []
 
     def fused(call: AttentionCall) -> Tensor:
-        attention = query_key_attention(
-            call.query, call.key, scale=call.scale, attn_mask=call.attn_mask
-        )
+        attention = query_key_attention(call.query, call.key, scale=call.scale, attn_mask=call.mask)
         maps.append(attention.mean(1, keepdim=True))
         return call.run()
 

@@ -261,6 +261,7 @@ def _compare(options: Any) -> None:
 
 
 METHOD_OPTIONS = ("method", "mix", "labels", "tokens")
+PIXEL_OPTIONS = ("mixup", "cutmix", "mixup_prob", "mixup_switch_prob", "mixup_mode")
 
 
 def _configure_study(parser: Parser) -> None:
@@ -275,7 +276,6 @@ def _configure_ablate(parser: Parser) -> None:
 
 def _configure_cells(parser: Parser) -> None:
     from vitmix.train.config import TrainConfig
-    from vitmix.train.recipes import settings_under
 
     parser.add("--cells", str | None, None, "only these cells, between commas")
     parser.add(
@@ -290,8 +290,7 @@ def _configure_cells(parser: Parser) -> None:
     parser.add("--limit", int | None, None, "take them on so many test images, spread evenly")
     parser.add_config(
         TrainConfig,
-        leave_out=(*METHOD_OPTIONS, "name", "overwrite"),
-        base=partial(settings_under, whole_method=True),
+        leave_out=(*METHOD_OPTIONS, *PIXEL_OPTIONS, "name", "overwrite"),
     )
 
 
@@ -299,7 +298,7 @@ def _study(options: Any) -> None:
     from pathlib import Path
 
     from vitmix.evaluate.compare import parse_seeds
-    from vitmix.evaluate.measured import chosen_measures
+    from vitmix.evaluate.measured import check_measures, chosen_measures
     from vitmix.evaluate.study import read_study
     from vitmix.evaluate.study_runs import measure_runs, run_study
     from vitmix.evaluate.study_tables import show
@@ -312,9 +311,13 @@ def _study(options: Any) -> None:
         raise InputError(f"expected --jobs to be at least 1, got {jobs}")
     chosen = None if cells is None else [cell.strip() for cell in cells.split(",")]
     first, out = options.pop("seed", 0), options.pop("out", None)
-    if measures is not None:
-        chosen_measures(measures)
     study = read_study(name, options, chosen)
+    if measures is not None:
+        check_measures(chosen_measures(measures), study.cells[0].config)
+    elif limit is not None:
+        raise InputError("expected --limit with --measures; add it, or leave --limit out")
+    if limit is not None and limit < 1:
+        raise InputError(f"expected --limit to be at least 1, got {limit}")
     wanted = parse_seeds(seeds or str(study.seeds), first)
     folder = Path(out or f"runs/{study.name}").expanduser()
     store = None if stored is None else Path(stored).expanduser()

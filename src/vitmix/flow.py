@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -41,8 +42,8 @@ from vitmix.replay import (
     PartRecord,
     Replay,
     add_to_tokens,
-    call_after_backward,
     first_tokens,
+    tokens_of,
     unseen_by_checkpoint,
 )
 from vitmix.tokens import Given, TokenContext, TokenMixer, TokenOutcome, VerticalTokenMixup
@@ -74,7 +75,8 @@ class Flow:
             ``(B, kappa)`` of those that were selected in the sequence.
         history: with ``keep_history``, the token grid and the mixture at the input, then behind
             every block.
-        replay: with ``recomputes``, the hooks that wait for the backward pass.
+        replay: with ``recomputes``, the hooks that do again in the backward pass what is done in
+            this one; None where nothing is.
     """
 
     def __init__(
@@ -106,7 +108,11 @@ class Flow:
         self.recomputes = recomputes
         self._records: dict[int, BlockRecord] = {}
         self._parts: dict[nn.Module, list[PartRecord]] = {}
-        self.replay: Replay | None = None
+        self.replay = (
+            Replay(backbone, self._records, self._parts)
+            if recomputes and (mixers or verticals)
+            else None
+        )
         self._collected: dict[VerticalTokenMixup, list[tuple[Tensor, Tensor]]] = {
             stage: [] for stages in verticals.values() for stage in stages
         }
@@ -180,11 +186,12 @@ class Flow:
         self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Mix what a block is given."""
-        block, given = self.backbone.blocks[index], args[0]
+        block = self.backbone.blocks[index]
+        given = tokens_of(block.module, args)
         self._move_to(self.backbone.block_grid(index, self._grids[0]))
         self._require_tokens(index, given)
         if self.recomputes:
-            given = self._record(index, given)
+            self._record(index, given)
         tokens = before = block.flatten(given)
         for stage, draws in self._mixers.get(index, ()):
             run = partial(_forward, block, given, args[1:], kwargs)
@@ -235,14 +242,15 @@ class Flow:
         """
         if self._paused or self._index is None:
             return None
+        own = tokens_of(self.backbone.blocks[self._index].entry, args)
         parts = [part for stage in self.verticals[self._index] for part in self._collected[stage]]
         self._appended = torch.cat([shares for _, shares in parts], 1)
-        extra = torch.cat([tokens.to(args[0].dtype) for tokens, _ in parts], 1)
+        extra = torch.cat([tokens.to(own.dtype) for tokens, _ in parts], 1)
         if self.recomputes:
             _require_graph()
             record = self._records[self._index]
-            record.extra, record.extended = extra, TensorWeakRef(args[0])
-        return (torch.cat((args[0], extra), 1), *args[1:])
+            record.extra, record.extended = _without_graph(extra), TensorWeakRef(own)
+        return (torch.cat((own, extra), 1), *args[1:])
 
     def cut(self, output: Any) -> Any:
         """Drop the appended tokens' rows behind the attention."""
@@ -267,6 +275,8 @@ class Flow:
         self._move_shares(block)
         self._passed.append(index)
         self._index = None
+        if self.replay is not None:
+            self.replay.wait_for(output)
         return None if self._added is None else add_to_tokens(output, self._added)
 
     def _move_shares(self, block: Block) -> None:
@@ -294,15 +304,10 @@ class Flow:
 
     # What happens at a block.
 
-    def _record(self, index: int, tokens: Tensor) -> Tensor:
+    def _record(self, index: int, tokens: Tensor) -> None:
         """Remember a block's input for the second pass."""
         _require_graph()
-        if not self._records:
-            self.replay = Replay(self.backbone, self._records, self._parts)
         self._records[index] = BlockRecord([TensorWeakRef(tokens)])
-        if index == 0 and self.replay is not None:
-            return call_after_backward(tokens, self.replay.remove)
-        return tokens
 
     def _mix(
         self, stage: TokenMixer, given: Given, tokens: Tensor, index: int, run: partial[Tensor]
@@ -317,7 +322,7 @@ class Flow:
         with self._own_graph():
             outcome = stage.plan(tokens, context)
         if self.recomputes:
-            self._records[index].outcomes.append(outcome)
+            self._records[index].outcomes.append(replace(outcome, loss=None))
         self.outcomes.append((index, stage, outcome))
         self.targets = outcome.mix_targets(self.targets)
         if self.follow_shares:
@@ -379,7 +384,7 @@ class Flow:
 
     def _saliency_of(self, found: AttentionCall | Tensor, reach: Reach) -> Tensor:
         """Saliency ``(B, N)`` of the tokens that went into an attention, appended ones aside."""
-        prefix, by_class_token = self.backbone.num_prefix_tokens, self.backbone.class_token
+        prefix, by_class_token = self.backbone.num_prefix_tokens, self.backbone.reads_class_token
         _, queries, keys = reach.sizes(1)
         if isinstance(found, Tensor):
             found = found.detach().flatten(0, -4)[:, :, :queries, :keys]
@@ -391,11 +396,12 @@ class Flow:
             )
         else:
             weights = reach.query_weights(found.query.device)
+            mask = found.mask
             saliency = query_key_saliency(
                 found.query.detach()[:, :, :queries],
                 found.key.detach(),
                 scale=found.scale,
-                attn_mask=found.attn_mask,
+                attn_mask=mask if mask is None else mask[..., :queries, :],
                 num_prefix_tokens=prefix,
                 class_token=by_class_token,
                 num_keys=keys,
@@ -409,15 +415,11 @@ class Flow:
         if self._index is None:
             return self._on_pooling(call)
         self._require_reach(call.query, call.key)
+        self._require_sight(call)
         with torch.no_grad():
             self._note(call)
         if not self.follow_shares:
             return call.run()
-        if call.enable_gqa or call.query.ndim != 4:
-            raise UnsupportedModelError(
-                "looked for attention (B, H, N, d) with as many key heads as query heads, found "
-                f"{tuple(call.query.shape)} and {tuple(call.key.shape)}"
-            )
         options: dict[str, Any] = {
             "attn_mask": call.attn_mask,
             "is_causal": call.is_causal,
@@ -467,7 +469,10 @@ class Flow:
         """Attention outside the blocks: a query that pools tokens."""
         if self._pools_by_attention and call.query.shape[-2] == 1:
             with torch.no_grad():
-                self._pool(query_key_attention(call.query, call.key, scale=call.scale))
+                attention = query_key_attention(
+                    call.query, call.key, scale=call.scale, attn_mask=call.mask
+                )
+                self._pool(attention)
         return call.run()
 
     @property
@@ -504,6 +509,21 @@ class Flow:
                 + "{} x {} to {}".format(*found)
             )
 
+    def _require_sight(self, call: AttentionCall) -> None:
+        """Check that a block's own tokens see what was appended."""
+        if self._appended is None:
+            return
+        mask, sides = call.attn_mask, (call.query.shape[-2], call.key.shape[-2])
+        fits = mask is None or all(
+            length in (1, side) for length, side in zip(mask.shape[-2:], sides, strict=True)
+        )
+        if call.is_causal or not fits:
+            found = "is_causal=True" if mask is None else f"a mask {tuple(mask.shape)}"
+            raise UnsupportedModelError(
+                f"looked for attention that sees tokens appended by VerticalTokenMixup at block "
+                f"{self._index} of {self.backbone.family}, {sides[0]} x {sides[1]}, found {found}"
+            )
+
     def _check_passed(self) -> None:
         if self._passed != list(range(self.backbone.depth)):
             raise UnsupportedModelError(
@@ -531,6 +551,11 @@ def _forward(
     """Run a block on tokens ``(B, T, D)`` as the model does, without the block's own hooks."""
     output: Any = module.forward(block.restore(tokens, like), *args, **kwargs)
     return block.flatten(output[0] if isinstance(output, tuple) else output)
+
+
+def _without_graph(tokens: Tensor) -> Tensor:
+    """The same values, which ask for a gradient if these do, so that as much is saved for it."""
+    return tokens.detach().requires_grad_(tokens.requires_grad)
 
 
 def _require_graph() -> None:

@@ -11,7 +11,7 @@ from vitmix.aside import aside
 from vitmix.backbones import Backbone
 from vitmix.compilation import uncompiled
 from vitmix.functional.targets import soft_cross_entropy
-from vitmix.replay import add_to_tokens
+from vitmix.replay import add_to_tokens, tokens_of
 
 __all__ = ["gradient_saliency", "logits_of"]
 
@@ -47,7 +47,7 @@ def gradient_saliency(
     leaves: list[Tensor] = []
 
     def cut(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        leaves.append(args[0].detach().requires_grad_())
+        leaves.append(tokens_of(module, args).detach().requires_grad_())
         return (leaves[0], *args[1:])
 
     def join(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

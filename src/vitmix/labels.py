@@ -108,7 +108,8 @@ class AttentionLabels(LabelRule):
     """Weights follow attention: ``lam = sum_t A_t M_t`` (TransMix, Chen et al., CVPR 2022).
 
     ``A`` is the saliency of a block as in TokenMixup's Eq. 3 (the class token's row, or the mean
-    over queries), normalised to sum 1, and ``M`` the shares of the input tokens.
+    over queries where the model does not classify by a class token), normalised to sum 1, and ``M``
+    the shares of the input tokens.
 
     Args:
         block: block whose attention is read; the last one by default.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from vitmix.functional.mixture import Mixture
 from vitmix.functional.targets import smooth_targets
 from vitmix.gradient import gradient_saliency, logits_of
 from vitmix.labels import AreaLabels, LabelEvidence, LabelRule
-from vitmix.pixels import PixelMix
+from vitmix.pixels import PixelMix, PixelPlan
 from vitmix.processes import gather, process_rank, require_equal_batches, world_size
 from vitmix.relay import Relay
 from vitmix.replay import Replay
@@ -32,6 +32,7 @@ from vitmix.tokens import (
     TokenStage,
     VerticalTokenMixup,
 )
+from vitmix.untrained import UntrainedWatch
 from vitmix.weights import write_weights
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class MixingModel(nn.Module):
         model: a model that :func:`vitmix.describe` supports.
         mix: pixel stage, or None.
         labels: label stage; :class:`vitmix.AreaLabels` by default.
-        tokens: token stages, each with its block.
+        tokens: token stages, each with its block; or a single one.
         num_classes: classes of the targets; the model must give as many logits.
         label_smoothing: smoothing of the sources' labels, in [0, 1).
         generator: CPU generator of all draws; the global one by default.
@@ -114,7 +115,7 @@ class MixingModel(nn.Module):
         model: nn.Module,
         mix: PixelMix | None = None,
         labels: LabelRule | None = None,
-        tokens: Sequence[TokenStage] = (),
+        tokens: Sequence[TokenStage] | TokenStage = (),
         *,
         num_classes: int,
         label_smoothing: float = 0.0,
@@ -123,6 +124,9 @@ class MixingModel(nn.Module):
     ) -> None:
         super().__init__()
         labels = AreaLabels() if labels is None else labels
+        if isinstance(tokens, TokenStage):
+            tokens = (tokens,)
+        _require_kind("tokens", tokens, (Iterable,))
         _require_kind("mix", mix, (PixelMix, type(None)))
         _require_kind("labels", labels, (LabelRule,))
         if num_classes < 2:
@@ -150,6 +154,9 @@ class MixingModel(nn.Module):
                 if stage.saliency == "rollout":
                     backbone.require_block("the last block of a rollout", stage.last_block)
                     backbone.require_one_stage(stage.block, stage.last_block)
+        reads = not labels.known_before_forward or any(stage.reads_attention for stage in tokens)
+        if tokens or reads:
+            backbone.require_tokens(attention=reads)
         if labels.attention_block is not None:
             backbone.require_block(f"`block` of {type(labels).__name__}", labels.attention_block)
         if labels.follows_shares and backbone.alignment_reason:
@@ -160,7 +167,9 @@ class MixingModel(nn.Module):
         _require_apart(tokens)
         if len({id(stage) for stage in tokens}) < len(tokens):
             raise InputError("expected each token stage once in `tokens`, got one twice")
-        like = next(model.parameters())
+        # Weights that are quantised have whole numbers for parameters.
+        floating = (value for value in model.parameters() if value.is_floating_point())
+        like = next(floating, torch.empty(0))
         try:
             for stage in tokens:
                 stage.attach(
@@ -169,6 +178,8 @@ class MixingModel(nn.Module):
                     backbone.num_prefix_tokens,
                     backbone.class_token,
                 )
+                if isinstance(stage, HorizontalTokenMixup):
+                    _pool_as_classified(stage, backbone)
                 stage.to(device=like.device, dtype=like.dtype)
         except InputError:
             for stage in tokens:
@@ -184,6 +195,7 @@ class MixingModel(nn.Module):
         self.backbone = backbone
         self._relay = Relay()
         self._replays: list[Replay] = []
+        self._watch = UntrainedWatch()
 
     def detach(self) -> nn.Module:
         """Return the model, which carries nothing of vitmix from now on.
@@ -272,13 +284,13 @@ class MixingModel(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # Passes that wait for their backward belong to this process and this copy.
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {**state, "_replays": []}
+        return {**state, "_replays": [], "_watch": UntrainedWatch()}
 
     def _forget_finished_passes(self) -> None:
         for replay in self._replays:
-            if replay.over:
+            if not replay.awaited:
                 replay.remove()
-        self._replays = [replay for replay in self._replays if not replay.over]
+        self._replays = [replay for replay in self._replays if replay.awaited]
 
     @passed_over
     def forward(
@@ -304,10 +316,17 @@ class MixingModel(nn.Module):
 
         Raises:
             InputError: images, targets and model don't fit.
-            UnsupportedModelError: the model did not do what its description says.
+            UnsupportedModelError: the model did not do what its description says, or this is a
+                replica of ``nn.DataParallel``.
         """
         if not self.training:
             return self._evaluated(images, targets, self.model(images))
+        if getattr(self, "_is_replica", False):
+            raise UnsupportedModelError(
+                "looked for a process of its own for each device, found a replica of "
+                "nn.DataParallel, whose threads share the hooks of one pass: wrap the MixingModel "
+                "in DistributedDataParallel and start the program with torchrun"
+            )
         if torch.compiler.is_compiling():
             raise inlined()
         step = self._begin(images, targets, maps, record)
@@ -359,9 +378,10 @@ class MixingModel(nn.Module):
         grid = self.backbone.grid(size)
         plan, fed = None, images
         if self.mix is not None:
-            plan = self.mix.plan(len(images), size, grid=grid, generator=self.generator)
+            seen = self.backbone.seen(size)
+            plan = self.mix.plan(len(images), seen, grid=grid, generator=self.generator)
             plan = plan.to(images.device)
-            fed = plan.apply(images)
+            fed = _applied(plan, images, seen)
             mixture = plan.mixture(grid, num_prefix_tokens=prefix)
         else:
             mixture = Mixture.unmixed(len(images), prefix + grid[0] * grid[1], images.device)
@@ -373,6 +393,7 @@ class MixingModel(nn.Module):
         weights = first_rule.weights(evidence)
         flow = self._flow(fed, mixture, mixture.targets(weights, soft), grid, record)
         self._forget_finished_passes()
+        self._watch.look(self.model, self.tokens)
         self._relay.install(flow)
         compilable = not (flow.recomputes or self._gathers)
         return _Step(fed, soft, evidence, weights, flow, compilable)
@@ -381,9 +402,6 @@ class MixingModel(nn.Module):
     def _end(self, step: _Step, output: Any) -> MixOutput:
         """Do all that comes after the pass."""
         flow, evidence, weights = step.flow, step.evidence, step.weights
-        if flow.replay is not None:
-            flow.replay.install()
-            self._replays.append(flow.replay)
         logits = logits_of(output)
         self._require_logits(logits)
         record = None
@@ -412,6 +430,10 @@ class MixingModel(nn.Module):
         losses = [outcome.loss for _, _, outcome in flow.outcomes if outcome.loss is not None]
         aux_loss = torch.stack(losses).sum() if losses else step.soft.new_zeros(())
         stats = stats_of(evidence.pixels, weights, flow)
+        if flow.replay is not None:  # last: an error leaves no hook
+            flow.replay.wait_for(logits)
+            flow.replay.install()
+            self._replays.append(flow.replay)
         return MixOutput(logits, targets, aux_loss, stats, trace, output)
 
     @property
@@ -453,7 +475,7 @@ class MixingModel(nn.Module):
                     given = given._replace(saliency=saliency)
                 mixers.setdefault(block, []).append((stage, given.to(fed.device)))
         follow_shares, attention_block = self.labels.follows_shares, self.labels.attention_block
-        if record and self.backbone.depth:
+        if record and self.backbone.is_readable:
             follow_shares |= self.backbone.alignment_reason is None
             attention_block = -1 if attention_block is None else attention_block
         if attention_block is not None:
@@ -498,6 +520,16 @@ class MixingModel(nn.Module):
                 )
 
 
+def _applied(plan: PixelPlan, images: Tensor, seen: Grid) -> Tensor:
+    """Mix what the model sees of images; the rest stays as it is."""
+    rows, columns = seen
+    if (rows, columns) == images.shape[2:]:
+        return plan.apply(images)
+    mixed = images.clone()
+    mixed[..., :rows, :columns] = plan.apply(images[..., :rows, :columns])
+    return mixed
+
+
 def _require_kind(name: str, value: object, kinds: tuple[type, ...]) -> None:
     if not isinstance(value, kinds):
         expected = " or ".join(kind.__name__ for kind in kinds)
@@ -516,6 +548,13 @@ def _require_earlier(stage: VerticalTokenMixup, backbone: Backbone) -> None:
             "expected `block` of VerticalTokenMixup with an earlier block of its own stage to "
             f"collect tokens from ({', '.join(map(str, first))}), got {target}"
         )
+
+
+def _pool_as_classified(stage: HorizontalTokenMixup, backbone: Backbone) -> None:
+    """Let ScoreNet average image tokens where the model does, beside a class token without use."""
+    assert stage.scorenet is not None
+    if stage.pool == "auto" and backbone.class_token and not backbone.reads_class_token:
+        stage.scorenet.pool = "average"
 
 
 def _require_unattached(stage: HorizontalTokenMixup) -> None:

@@ -6,7 +6,7 @@ import argparse
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, Literal, Union
 
@@ -153,6 +153,18 @@ class Parser:
         plain: dict[str, Any] = self.defaults | base | given
         plain.pop("config", None)
         return plain
+
+    def typed(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Values from a file as the options' types say.
+
+        Raises:
+            InputError: names the option, what was expected and what came.
+        """
+        try:
+            found: dict[str, Any] = self.parser.parse_object(dict(values), defaults=False).as_dict()
+        except argparse.ArgumentError as error:
+            raise InputError(self._explain(str(error))) from error
+        return found
 
     def _explain(self, message: str) -> str:
         """One line in our words for one of jsonargparse's messages."""

@@ -7,17 +7,17 @@ leave the same tensors to the checkpoint; reading attention must have left none.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from typing import Any
+from weakref import ReferenceType, WeakMethod, ref
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 from vitmix.backbones import Backbone
+from vitmix.errors import UnsupportedModelError
 from vitmix.tokens import TokenOutcome
 
 __all__ = [
@@ -25,15 +25,18 @@ __all__ = [
     "PartRecord",
     "Replay",
     "add_to_tokens",
-    "call_after_backward",
     "first_tokens",
+    "tokens_of",
     "unseen_by_checkpoint",
 ]
 
 
 def unseen_by_checkpoint() -> torch.autograd.graph.saved_tensors_hooks:
-    """Context whose saved tensors are kept as they are: no checkpoint counts or drops them."""
-    return torch.autograd.graph.saved_tensors_hooks(_same, _same)
+    """Context whose saved tensors are kept: no checkpoint counts or drops them.
+
+    They are kept without their graph, which a saved result would keep alive in a circle.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, _same)
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -73,7 +76,7 @@ class PartRecord:
 
 
 class Replay:
-    """Hooks for the second pass of one step; gone when its backward pass has reached the input.
+    """Hooks for the second pass of one step; gone with the backward pass that frees its graph.
 
     Args:
         backbone: description of the model.
@@ -91,6 +94,7 @@ class Replay:
         self._records = records
         self._parts = parts
         self._handles: list[Any] = []
+        self._awaited: ReferenceType[object] | None = None
         self._index: int | None = None
         self._left: int | None = None
         self._own = 0
@@ -98,12 +102,21 @@ class Replay:
         self._inside = False
 
     @property
-    def over(self) -> bool:
-        """Whether no second pass can come any more: the graph of the step is gone."""
-        entered = [record.entered for record in self._records.values()]
-        entered += [call.entered for calls in self._parts.values() for call in calls]
-        inputs = (reference() for reference in chain.from_iterable(entered))
-        return not any(given is not None and given.requires_grad for given in inputs)
+    def awaited(self) -> bool:
+        """Whether a second pass may still come: the graph of the first is alive."""
+        return self._awaited is not None and self._awaited() is not None
+
+    def wait_for(self, output: Any) -> None:
+        """Stay until a backward pass that frees its graph has come to a result of the first pass.
+
+        Of several results, the first one with a graph counts. Nothing here refers to the graph, so
+        that one that is thrown away is freed.
+        """
+        tokens = output[0] if isinstance(output, tuple) else output
+        if self._awaited is None and tokens.requires_grad:
+            hook = partial(_call, WeakMethod(self._finish))
+            tokens.register_hook(hook)  # gone with the graph
+            self._awaited = ref(hook)
 
     def install(self) -> None:
         """Register the hooks."""
@@ -123,6 +136,12 @@ class Replay:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._awaited = None
+
+    def _finish(self) -> None:
+        """Leave at the end of the backward pass at hand, unless another one may follow."""
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            torch.autograd.Variable._execution_engine.queue_callback(self.remove)
 
     def _enter_part(self, part: nn.Module, args: tuple[Any, ...]) -> None:
         """Find out behind which block a second pass begins."""
@@ -182,6 +201,20 @@ class Replay:
         return None if self._added is None else add_to_tokens(output, self._added)
 
 
+def tokens_of(module: nn.Module, args: tuple[Any, ...]) -> Tensor:
+    """Tokens that a module is given.
+
+    Raises:
+        UnsupportedModelError: its first argument is not a tensor, or has come by keyword.
+    """
+    if args and isinstance(args[0], Tensor):
+        return args[0]
+    found = type(args[0]).__name__ if args else "none: pass them without a keyword"
+    raise UnsupportedModelError(
+        f"looked for tokens as the first argument of {type(module).__name__}, found {found}"
+    )
+
+
 def add_to_tokens(output: Any, added: Tensor) -> Any:
     """Add to what a block returns, which may be a tuple that starts with its tokens."""
     if isinstance(output, tuple):
@@ -205,12 +238,7 @@ def first_tokens(output: Any, count: int) -> Any:
     return output[:, :count]
 
 
-def call_after_backward(tokens: Tensor, action: Callable[[], None]) -> Tensor:
-    """Call ``action`` when the backward pass has reached these tokens; return tokens to go on with.
-
-    Tokens of a frozen embedding get a gradient for this.
-    """
-    if not tokens.requires_grad:
-        tokens = tokens.detach().requires_grad_()
-    tokens.register_hook(lambda gradient: action())  # type: ignore[no-untyped-call]
-    return tokens
+def _call(method: WeakMethod[Any], gradient: Tensor) -> None:
+    alive = method()
+    if alive is not None:
+        alive()

@@ -21,7 +21,8 @@ class ScoreNet(nn.Module):
         num_classes: number of classes.
         pool: ``"class_token"`` (released ViT), ``"attention"``: a learned softmax over the tokens
             (released CCT), ``"average"`` of image tokens, or ``"auto"``: the class token where
-            there is one, else attention.
+            there is one (within a ``MixingModel`` the average, if that is what the model classifies
+            by and not the class token), else attention.
         num_prefix_tokens: tokens in front that stand for no image region.
         class_token: whether the first of them is a class token.
 

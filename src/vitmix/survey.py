@@ -20,7 +20,7 @@ from vitmix.backbones import Backbone, describe
 from vitmix.errors import InputError, UnsupportedModelError
 from vitmix.labels import AttentionLabels, TokenAlignedLabels
 from vitmix.mixing import MixingModel
-from vitmix.models import cct_names, create_model
+from vitmix.models import cct_names, create_model, input_side
 from vitmix.pixels import CutMix
 from vitmix.tokens import HorizontalTokenMixup, ManifoldMixup, VerticalTokenMixup
 
@@ -116,7 +116,7 @@ def survey_model(name: str) -> Surveyed:
 
 def _make(name: str) -> tuple[nn.Module, tuple[int, int]]:
     if name in cct_names():
-        side = int(re.findall(r"\d+", name)[-1])
+        side = input_side(name)
         with torch.device("meta"):
             return create_model(name, num_classes=_CLASSES, img_size=side), (side, side)
     import timm

@@ -160,6 +160,11 @@ class TokenStage(nn.Module):
     block: int | tuple[int, ...]
     short_name: str = "tokens"
 
+    @property
+    def reads_attention(self) -> bool:
+        """Whether the stage looks at what the model attends to."""
+        return False
+
     def attach(
         self, embed_dim: int, num_classes: int, num_prefix_tokens: int, class_token: bool
     ) -> None:
@@ -288,6 +293,11 @@ class HorizontalTokenMixup(TokenMixer):
         self.gather = gather
         self.scorenet: ScoreNet | None = None
         self.tau_of_share, self.rho_of_share = tau_of_share, rho_of_share
+
+    @property
+    def reads_attention(self) -> bool:
+        """Whether saliency comes from attention."""
+        return self.saliency in ("attention", "rollout")
 
     @property
     def last_block(self) -> int:
@@ -426,6 +436,11 @@ class VerticalTokenMixup(TokenStage):
         self.block = block
         self.kappa = kappa
         self.stop_gradient = stop_gradient
+
+    @property
+    def reads_attention(self) -> bool:
+        """Attention says which tokens are salient, and is extended by them."""
+        return True
 
     def extra_repr(self) -> str:
         """Name the hyper-parameters."""

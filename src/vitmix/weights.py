@@ -67,7 +67,8 @@ def read_weights(source: str | Path | Mapping[str, Any], *, ema: bool = True) ->
             f"expected tensors by name in {what}, got something else under {listed(foreign)}; "
             "pass the entry that holds the weights"
         )
-    state = dict(content)
+    # torch.optim.swa_utils.AveragedModel counts what it has averaged, beside ``module.``.
+    state = {name: value for name, value in content.items() if name != "n_averaged"}
     for prefix in (*_PREFIXES, *_PREFIXES):  # wrapped in either order
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}

@@ -7,6 +7,7 @@ process has not imported cannot be what the model is made of.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -14,6 +15,7 @@ from vitmix.backbones import (
     cct,
     huggingface,
     huggingface_pyramid,
+    huggingface_staged,
     huggingface_swin,
     timm_hybrids,
     timm_maxxvit,
@@ -28,8 +30,9 @@ from vitmix.backbones import (
     unsupported,
     vit_pytorch,
 )
-from vitmix.backbones.base import Backbone, Block, Family, Pooling, Reason
+from vitmix.backbones.base import Backbone, Block, Family, Pooling, Reason, is_made_by
 from vitmix.backbones.custom import Grid, describe_by_hand
+from vitmix.backbones.timm_parts import grid_of
 from vitmix.errors import InputError, UnsupportedModelError
 
 __all__ = ["Backbone", "Block", "describe", "describe_pixels"]
@@ -46,6 +49,7 @@ _FAMILIES: tuple[Family, ...] = (
     huggingface,
     huggingface_pyramid,
     huggingface_swin,
+    huggingface_staged,
     torchvision_vit,
     torchvision_swin,
     torchvision_maxvit,
@@ -69,11 +73,12 @@ def describe(
 ) -> Backbone:
     """Find the blocks, token grid, prefix tokens and pooling of a model.
 
-    A model of a known family is described by itself. For any other the arguments behind ``model``
-    say what it is made of; then pass the result to ``vitmix.MixingModel(..., backbone=...)``. Its
-    blocks must take tokens ``(B, T, D)`` as first argument, give such tokens, attend once by
-    ``scaled_dot_product_attention``, ``nn.MultiheadAttention`` or a softmax over ``(B, H, T, T)``,
-    all tokens to all, and work token by token apart from that.
+    A model of a known family is described by itself, one of timm's also within the
+    ``TimmWrapperForImageClassification`` of transformers. For any other the arguments behind
+    ``model`` say what it is made of; then pass the result to ``vitmix.MixingModel(...,
+    backbone=...)``. Its blocks must take tokens ``(B, T, D)`` as first argument, give such tokens,
+    attend once by ``scaled_dot_product_attention``, ``nn.MultiheadAttention`` or a softmax over
+    ``(B, H, T, T)``, all tokens to all, and work token by token apart from that.
 
     What differs from this is said block by block with a :class:`vitmix.Block`: parts in which
     vertical mixing acts (``entry``, ``attention``; the whole block otherwise), tokens laid out as a
@@ -145,24 +150,26 @@ def describe(
             "expected `blocks` with arguments that describe a model by hand, got none; "
             "a model of a known family is described by itself"
         )
+    inner = _inside(model)
     for family in _FAMILIES:
-        backbone = family.describe(model)
+        backbone = family.describe(inner)
         if backbone is not None:
             return backbone.within(model)
-    kind = type(model)
+    kind = type(inner)
     raise UnsupportedModelError(
         f"looked for one of: {'; '.join(family.LOOKS_FOR for family in _FAMILIES)}; or `blocks` "
         f"given to vitmix.describe. Found {kind.__module__}.{kind.__qualname__}"
-        f"{unsupported.explain(model)} with children "
-        f"{[name for name, _ in model.named_children()]}. The model was not changed."
+        f"{unsupported.explain(inner)} with children "
+        f"{[name for name, _ in inner.named_children()]}. The model was not changed."
     )
 
 
 def describe_pixels(model: nn.Module) -> Backbone:
     """Describe a model whose tokens nobody will look at.
 
-    A model that :func:`describe` refuses gets a description without blocks, with cells of 16 x 16
-    pixels for masks of tokens.
+    A model that :func:`describe` refuses gets a description without blocks. Its cells, for masks of
+    tokens, are its patches where timm made them, those of the model that it runs (compiled, or in
+    parallel), else of 16 x 16 pixels.
     """
     try:
         return describe(model)
@@ -174,8 +181,26 @@ def describe_pixels(model: nn.Module) -> Backbone:
             num_prefix_tokens=0,
             class_token=False,
             pooling="average",
-            grid=_sixteenths,
+            grid=_cells(model),
         )
+
+
+def _cells(model: Any) -> Callable[[tuple[int, int]], tuple[int, int]]:
+    inner = unsupported.wrapped(model)
+    if inner is not None:
+        return describe_pixels(inner).grid
+    patch_embed = getattr(model, "patch_embed", None)
+    if is_made_by(patch_embed, "timm.layers.patch_embed", "PatchEmbed"):
+        return grid_of(patch_embed)
+    return _sixteenths
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """The model of timm that transformers wraps; any other model itself."""
+    wrapper = "transformers.models.timm_wrapper.modeling_timm_wrapper"
+    if is_made_by(model, wrapper, "TimmWrapperForImageClassification"):
+        return model.get_submodule("timm_model")
+    return model
 
 
 def _sixteenths(size: tuple[int, int]) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from vitmix.functional.grids import Grid
 from vitmix.functional.reach import Reach
 
 __all__ = [
+    "GIVEN",
     "LAYOUTS",
     "POOLINGS",
     "Backbone",
@@ -42,6 +43,10 @@ Pooling = Literal[
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 # Why something cannot be done, for a message that begins "... found"; None if it can.
 Reason = str | None
+GIVEN = (
+    "further tensors given to each block (rotary embeddings, a position bias): a rollout cannot "
+    "know what later blocks are given"
+)
 
 
 def is_made_by(model: object, module: str, name: str) -> bool:
@@ -155,13 +160,18 @@ class Backbone:
             ``"class_attention"``: a class token that joins behind the blocks and attends to the
             tokens in layers of its own.
         grid: token grid ``(h, w)`` at the first block, of an input of ``(height, width)`` pixels.
+        patch: height and width in pixels of a patch, where the model leaves out what an image has
+            beyond whole ones; None if it does not.
         pool_scores: for ``"sequence"``: module that gives one score ``(B, N, 1)`` a token.
-        pool_prefix: for ``"attention"``: whether the query sees prefix tokens too.
         class_layers: for ``"class_attention"``: number of those layers.
         recomputes: whether activations are recomputed in the backward pass just now.
         parts: modules around and between blocks, which may be where recomputation begins.
         alignment_reason: why shares cannot be followed to the output, or None if they can.
         vertical_reason: why a block cannot attend to more tokens than its own, or None if it can.
+        tokens_reason: why tokens cannot be followed through the model, or None if they can.
+        attention_reason: why attention cannot be read, or None if it can.
+        rollout_reason: why attention cannot be rolled out over several blocks, or None if nothing
+            but the blocks themselves stands in the way.
     """
 
     family: str
@@ -171,13 +181,16 @@ class Backbone:
     class_token: bool
     pooling: Pooling
     grid: Callable[[tuple[int, int]], Grid]
+    patch: Grid | None = None
     pool_scores: nn.Module | None = None
-    pool_prefix: bool = True
     class_layers: int = 0
     recomputes: Callable[[], bool] = bool
     parts: tuple[nn.Module, ...] = ()
     alignment_reason: Reason = None
     vertical_reason: Reason = None
+    tokens_reason: Reason = None
+    attention_reason: Reason = None
+    rollout_reason: Reason = None
 
     def __repr__(self) -> str:
         return f"Backbone({self.family!r}, {self.depth} blocks, pooling={self.pooling!r})"
@@ -185,15 +198,21 @@ class Backbone:
     @property
     def support(self) -> dict[str, Reason]:
         """For each label rule and token stage, why it cannot be used; None where it can."""
+        reads = self.tokens_reason or self.attention_reason
         return {
             "area": None,
             "teacher": None,
-            "attention": None,
-            "aligned": self.alignment_reason,
-            "horizontal": None,
-            "manifold": None,
-            "vertical": self.vertical_reason,
+            "attention": reads,
+            "aligned": reads or self.alignment_reason,
+            "horizontal": reads,
+            "manifold": self.tokens_reason,
+            "vertical": reads or self.vertical_reason,
         }
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether there is attention that can be read."""
+        return bool(self.blocks) and (self.tokens_reason or self.attention_reason) is None
 
     def summary(self, size: tuple[int, int]) -> str:
         """Blocks, tokens, attention, pooling and what is supported, in words.
@@ -222,6 +241,12 @@ class Backbone:
             lines.append(f"  {name:<11} {'yes' if reason is None else f'no: {reason}'}")
         return "\n".join(lines)
 
+    def seen(self, size: Grid) -> Grid:
+        """Height and width in pixels of what the token grid covers, from the upper left corner."""
+        if self.patch is None:
+            return size
+        return size[0] - size[0] % self.patch[0], size[1] - size[1] % self.patch[1]
+
     def _stages(self) -> list[tuple[tuple[int, int], list[int]]]:
         stages: list[tuple[tuple[int, int], list[int]]] = []
         for index in range(self.depth):
@@ -234,6 +259,11 @@ class Backbone:
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.blocks)
+
+    @property
+    def reads_class_token(self) -> bool:
+        """Whether there is a class token, and the classifier is given what became of it."""
+        return self.class_token and self.pooling != "average"
 
     def width(self, index: int) -> int:
         """Channels of a token at a block."""
@@ -266,25 +296,55 @@ class Backbone:
                 f"of {self.depth} blocks, got {index}"
             )
 
+    def require_tokens(self, *, attention: bool) -> None:
+        """Check that tokens can be followed, and with ``attention`` that it can be read.
+
+        Raises:
+            UnsupportedModelError: they can't.
+        """
+        if self.tokens_reason is not None:
+            raise UnsupportedModelError(
+                f"looked for a {self.family} that keeps all its tokens, found "
+                f"{self.tokens_reason}. The model was not changed."
+            )
+        if attention and self.attention_reason is not None:
+            raise UnsupportedModelError(
+                f"looked for attention of {self.family} that can be read, found "
+                f"{self.attention_reason}. The model was not changed."
+            )
+
     def require_one_stage(self, first: int, last: int) -> None:
         """Check that attention can be rolled out from one block to another.
 
         Raises:
             UnsupportedModelError: tokens are merged on the way, attention is not global, or blocks
-                are no more than their attention.
+                are no more than their attention, have several, or are given more than tokens.
         """
-        if any(block.skip_outside for block in self.blocks[first : last + 1]):
+        if self.rollout_reason is not None:
+            raise UnsupportedModelError(
+                f"looked for blocks of {self.family} fit for a rollout, found "
+                f"{self.rollout_reason}. Use saliency='attention'. The model was not changed."
+            )
+        blocks = self.blocks[first : last + 1]
+        if any(block.skip_outside for block in blocks):
             raise UnsupportedModelError(
                 f"looked for whole blocks from {first} to {last} of {self.family} for a rollout, "
                 "found attention whose tokens are added and whose MLP is called outside of it. "
                 "Use saliency='attention'. The model was not changed."
             )
         stages = {self.stage(index) for index in range(first, last + 1)}
-        if len(stages) > 1 or any(block.reach for block in self.blocks[first : last + 1]):
+        if len(stages) > 1 or any(block.reach for block in blocks):
             raise UnsupportedModelError(
                 f"looked for attention of all tokens to all from block {first} to {last} for a "
                 f"rollout, found windows, reduced keys or stages of different grids in "
                 f"{self.family}. Use saliency='attention'. The model was not changed."
+            )
+        attentions = max(block.attentions for block in blocks)
+        if attentions > 1:
+            raise UnsupportedModelError(
+                f"looked for one attention a block from {first} to {last} of {self.family} for a "
+                f"rollout, found {attentions} attentions in one. Use saliency='attention'. The "
+                "model was not changed."
             )
 
     def require_part_of(self, model: nn.Module) -> None:

@@ -16,14 +16,16 @@ from typing import Any
 
 from torch import nn
 
-from vitmix.backbones.base import Backbone, Block, Pooling, Reason, is_made_by
+from vitmix.backbones.base import GIVEN, Backbone, Block, Pooling, Reason, is_made_by
 from vitmix.errors import UnsupportedModelError
 
-__all__ = ["LOOKS_FOR", "describe", "known_version", "recomputation", "require_readable"]
+__all__ = ["LOOKS_FOR", "describe", "known_version", "recomputation", "unreadable"]
 
 _ATTENTION = ("sdpa", "eager")
 # Where layers are, by model and by version of transformers.
 _LAYERS = ("layers", "encoder.layer", "encoder.layers")
+
+_SHARED = "use_shared_relative_position_bias"
 
 
 @dataclass(frozen=True)
@@ -95,11 +97,11 @@ def describe(model: nn.Module) -> Backbone | None:
 
 def _describe(name: str, layout: _Layout, model: Any) -> Backbone:
     config = getattr(model.config, "vision_config", model.config)
-    require_readable(name, config)
     pooling = layout.pooling
     if pooling is None:
         pooling = "average" if config.use_mean_pooling else "class_token"
     patch = config.patch_size
+    patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
     return Backbone(
         family=f"transformers {name}",
         blocks=tuple(
@@ -114,9 +116,12 @@ def _describe(name: str, layout: _Layout, model: Any) -> Backbone:
         num_prefix_tokens=layout.prefix + int(getattr(config, "num_register_tokens", 0)),
         class_token=layout.prefix > 0,
         pooling=pooling,
-        grid=partial(_grid, (patch, patch) if isinstance(patch, int) else tuple(patch)),
+        grid=partial(_grid, patch),
+        patch=patch,
         recomputes=recomputation(model),
         vertical_reason=_position(config),
+        attention_reason=unreadable(config),
+        rollout_reason=GIVEN if getattr(config, _SHARED, False) else None,
     )
 
 
@@ -152,19 +157,15 @@ def known_version(name: str) -> Iterator[None]:
         ) from error
 
 
-def require_readable(name: str, config: Any) -> None:
-    """Check that attention passes where it can be read.
-
-    Raises:
-        UnsupportedModelError: another implementation.
-    """
+def unreadable(config: Any) -> Reason:
+    """Why attention does not pass where it can be read, or None if it does."""
     implementation = getattr(config, "_attn_implementation", "eager")
-    if implementation not in _ATTENTION:
-        raise UnsupportedModelError(
-            f"looked for attn_implementation 'sdpa' or 'eager' in {name}, found "
-            f"{implementation!r}, whose attention cannot be read. "
-            "Call model.set_attn_implementation('sdpa'). The model was not changed."
-        )
+    if implementation in _ATTENTION:
+        return None
+    return (
+        f"attn_implementation {implementation!r} instead of 'sdpa' or 'eager'; call "
+        "model.set_attn_implementation('sdpa')"
+    )
 
 
 def recomputation(model: Any) -> Callable[[], bool]:
@@ -175,7 +176,7 @@ def recomputation(model: Any) -> Callable[[], bool]:
 
 
 def _position(config: Any) -> Reason:
-    for option in ("use_relative_position_bias", "use_shared_relative_position_bias"):
+    for option in ("use_relative_position_bias", _SHARED):
         if getattr(config, option, False):
             return (
                 f"relative position bias ({option}=True): a token that is put behind the others "

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from vitmix.backbones.base import Backbone, Block, is_made_by
-from vitmix.backbones.huggingface import known_version, recomputation, require_readable
-from vitmix.backbones.staged import REDUCED
+from vitmix.backbones.huggingface import known_version, recomputation, unreadable
+from vitmix.backbones.staged import REDUCED, pooled
 from vitmix.functional.grids import Grid
 from vitmix.functional.reach import Reach
 
@@ -47,7 +47,6 @@ def describe(model: nn.Module) -> Backbone | None:
 
 
 def _describe(name: str, model: Any, stages: Any, names: _Names) -> Backbone:
-    require_readable(name, model.config)
     embeddings = [stage.get_submodule(names.embedding) for stage in stages]
     strides = [1, *(embedding.stride[0] for embedding in embeddings[1:])]
     return Backbone(
@@ -73,6 +72,7 @@ def _describe(name: str, model: Any, stages: Any, names: _Names) -> Backbone:
         grid=partial(_grid, embeddings[0]),
         recomputes=recomputation(model),
         vertical_reason=REDUCED,
+        attention_reason=unreadable(model.config),
     )
 
 
@@ -92,14 +92,10 @@ def _grid(convolution: Any, size: tuple[int, int]) -> Grid:
 
 def _reach(attention: Any, side: int) -> partial[Reach] | None:
     if getattr(attention, "linear_attention", False):
-        return partial(_pooled, int(attention.pool.output_size))
+        return partial(pooled, int(attention.pool.output_size))
     return partial(_reduced, side) if side > 1 else None
 
 
 def _reduced(side: int, grid: Grid) -> Reach:
     """Keys behind an unpadded convolution as wide as its stride."""
     return Reach(grid, keys=(grid[0] // side, grid[1] // side), cell=(side, side))
-
-
-def _pooled(side: int, grid: Grid) -> Reach:
-    return Reach(grid, keys=(side, side))

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from vitmix.backbones.base import Backbone, Block, is_made_by
-from vitmix.backbones.huggingface import known_version, recomputation, require_readable
+from vitmix.backbones.huggingface import known_version, recomputation, unreadable
 from vitmix.backbones.staged import WINDOWED
 from vitmix.functional.grids import Grid
 from vitmix.functional.reach import Reach, windows
@@ -35,7 +35,6 @@ def describe(model: nn.Module) -> Backbone | None:
 
 
 def _describe(name: str, model: Any, trunk: Any, norm_first: bool) -> Backbone:
-    require_readable(name, model.config)
     width = int(model.config.embed_dim)
     return Backbone(
         family=f"transformers {name}",
@@ -58,6 +57,7 @@ def _describe(name: str, model: Any, trunk: Any, norm_first: bool) -> Backbone:
         grid=partial(_grid, tuple(trunk.embeddings.patch_embeddings.patch_size)),
         recomputes=recomputation(model),
         vertical_reason=WINDOWED,
+        attention_reason=unreadable(model.config),
     )
 
 

@@ -27,6 +27,8 @@ __all__ = [
     "describe_staged",
     "in_stages",
     "in_windows",
+    "on_grids",
+    "pooled",
     "recomputes_of",
     "reduce_by",
     "stages_of",
@@ -88,6 +90,7 @@ class StagedFamily:
         class_layers: name of the layers behind the blocks in which a class token attends to the
             others, if there are any.
         aligned: why shares cannot be followed to the output of a model, or None if they can.
+        tokens: why tokens cannot be followed through a model, or None if they can.
     """
 
     module: str
@@ -96,6 +99,7 @@ class StagedFamily:
     grid: Callable[[Any], Callable[[tuple[int, int]], Grid]] | None = None
     class_layers: str | None = None
     aligned: Callable[[Any], Reason] | None = None
+    tokens: Callable[[Any], Reason] | None = None
 
 
 def describe_staged(families: Mapping[str, StagedFamily], model: nn.Module) -> Backbone | None:
@@ -112,7 +116,7 @@ def describe_staged(families: Mapping[str, StagedFamily], model: nn.Module) -> B
 
 def _describe(family: StagedFamily, model: Any) -> Backbone:
     name = f"timm {type(model).__name__}"
-    blocks, pixels = _blocks(name, family.blocks(model))
+    blocks, pixels = on_grids(name, family.blocks(model))
     prefix, pooling, reason, layers = 0, *_pooling(model), 0
     if family.class_layers is None:
         prefix = int(getattr(model, "num_prefix_tokens", getattr(model, "num_tokens", 0)))
@@ -132,11 +136,16 @@ def _describe(family: StagedFamily, model: Any) -> Backbone:
         recomputes=recomputes_of(model),
         alignment_reason=reason,
         vertical_reason=family.vertical,
+        tokens_reason=None if family.tokens is None else family.tokens(model),
     )
 
 
-def _blocks(name: str, located: Located) -> tuple[tuple[Block, ...], int]:
-    """Blocks, and the pixels that a side of a token stands for in front of the first."""
+def on_grids(name: str, located: Located) -> tuple[tuple[Block, ...], int]:
+    """Blocks, and the pixels that a side of a token stands for in front of the first.
+
+    Raises:
+        UnsupportedModelError: there are none.
+    """
     found = [(block, pixels // block.stride) for block, pixels in located]
     if not found:
         raise UnsupportedModelError(
@@ -216,6 +225,11 @@ def to_reduced(keys: int, queries: int, grid: Grid, *, restored: bool = False) -
         queries=reduce_by(grid, queries) if queries > 1 else None,
         restored=restored,
     )
+
+
+def pooled(side: int, grid: Grid) -> Reach:
+    """Keys averaged to so many a side, whatever the grid."""
+    return Reach(grid, keys=(side, side), adaptive=True)
 
 
 def in_windows(size: Grid, grid: Grid) -> Reach:

@@ -8,7 +8,15 @@ from typing import Any
 from vitmix.backbones.base import Block, Pooling, Reason
 from vitmix.errors import UnsupportedModelError
 
-__all__ = ["ROTARY", "blocks_of", "grid_of", "pooling_of", "require_all_tokens"]
+__all__ = [
+    "ROTARY",
+    "blocks_of",
+    "dropped",
+    "grid_of",
+    "patch_of",
+    "pooling_of",
+    "whole_patches",
+]
 
 ROTARY = (
     "rotary position embedding (RoPE): a token that is put behind the others has no place in the "
@@ -53,18 +61,14 @@ def _block(family: str, index: int, block: Any) -> Block:
     )
 
 
-def require_all_tokens(patch_drop: Any) -> None:
-    """Check that no tokens are dropped.
-
-    Raises:
-        UnsupportedModelError: patch dropout.
-    """
-    if getattr(patch_drop, "prob", 0.0):
-        raise UnsupportedModelError(
-            f"looked for a model that keeps all its tokens, found patch_drop_rate="
-            f"{patch_drop.prob}: dropped patches cannot be matched between samples. "
-            "Create the model with patch_drop_rate=0. The model was not changed."
-        )
+def dropped(rate: float) -> Reason:
+    """Why tokens cannot be followed where this share of them is dropped; None if none is."""
+    if not rate:
+        return None
+    return (
+        f"patch_drop_rate={rate}: dropped patches cannot be matched between samples; create the "
+        "model with patch_drop_rate=0"
+    )
 
 
 def grid_of(patch_embed: Any) -> partial[tuple[int, int]]:
@@ -76,8 +80,26 @@ def _grid(patch_embed: Any, size: tuple[int, int]) -> tuple[int, int]:
     # A network as patch embedding takes other sizes than its own too, where positions allow it.
     own = getattr(patch_embed, "img_size", None)
     fits = getattr(patch_embed, "strict_img_size", False) and own is not None and size == tuple(own)
-    rows, columns = patch_embed.grid_size if fits else patch_embed.dynamic_feat_size(size)
+    if fits:
+        rows, columns = patch_embed.grid_size
+    elif hasattr(patch_embed, "dynamic_feat_size"):
+        rows, columns = patch_embed.dynamic_feat_size(size)
+    else:
+        rows, columns = whole_patches(tuple(patch_embed.patch_size), size)
     return int(rows), int(columns)
+
+
+def patch_of(patch_embed: Any) -> tuple[int, int] | None:
+    """Sides of a patch, where what an image has beyond whole ones is left out; None elsewhere."""
+    if type(patch_embed).__name__ != "PatchEmbed" or getattr(patch_embed, "dynamic_img_pad", False):
+        return None
+    rows, columns = patch_embed.patch_size
+    return rows, columns
+
+
+def whole_patches(patch: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Token grid of an input size: patches beside one another, what is left over cut off."""
+    return size[0] // patch[0], size[1] // patch[1]
 
 
 def pooling_of(model: Any) -> tuple[Pooling, Reason]:

@@ -12,13 +12,15 @@ from typing import Any
 
 from torch import nn
 
-from vitmix.backbones.base import Backbone, Reason, is_made_by
+from vitmix.backbones.base import GIVEN, Backbone, Reason, is_made_by
 from vitmix.backbones.timm_parts import (
     ROTARY,
     blocks_of,
+    dropped,
     grid_of,
+    patch_of,
     pooling_of,
-    require_all_tokens,
+    whole_patches,
 )
 
 __all__ = ["LOOKS_FOR", "describe"]
@@ -56,7 +58,6 @@ def describe(model: nn.Module) -> Backbone | None:
 
 
 def _describe(family: str, vit: Any) -> Backbone:
-    require_all_tokens(getattr(vit, "patch_drop", None))
     pooling, reason = pooling_of(vit)
     return Backbone(
         family=family,
@@ -66,9 +67,12 @@ def _describe(family: str, vit: Any) -> Backbone:
         class_token=vit.cls_token is not None,
         pooling=pooling,
         grid=grid_of(vit.patch_embed),
+        patch=patch_of(vit.patch_embed),
         recomputes=partial(getattr, vit, "grad_checkpointing", False),
         alignment_reason=reason,
         vertical_reason=_position(vit),
+        tokens_reason=dropped(getattr(getattr(vit, "patch_drop", None), "prob", 0.0)),
+        rollout_reason=GIVEN if _shares_position(vit) else None,
     )
 
 
@@ -84,7 +88,7 @@ def _describe_classifier(family: str, model: Any) -> Backbone:
     grid = (
         grid_of(encoder.patch_embed)
         if hasattr(encoder.patch_embed, "dynamic_feat_size")
-        else partial(_whole_patches, tuple(encoder.patch_size))
+        else partial(whole_patches, tuple(encoder.patch_size))
     )
     return Backbone(
         family=family,
@@ -97,15 +101,13 @@ def _describe_classifier(family: str, model: Any) -> Backbone:
         recomputes=partial(getattr, encoder, "grad_checkpointing", False),
         alignment_reason=reason,
         vertical_reason=ROTARY,
+        rollout_reason=GIVEN,
     )
 
 
 def _position(vit: Any) -> Reason:
-    if getattr(vit, "rope", None) is not None:
-        return ROTARY
-    shared = (getattr(vit, name, None) for name in ("rel_pos_bias", "shared_rel_pos"))
-    if any(bias is not None for bias in shared):
-        return _BIASED
+    if _shares_position(vit):
+        return ROTARY if getattr(vit, "rope", None) is not None else _BIASED
     for block in vit.blocks:
         own = (
             getattr(block.attn, name, None) for name in ("relative_position_bias_table", "rel_pos")
@@ -115,5 +117,7 @@ def _position(vit: Any) -> Reason:
     return None
 
 
-def _whole_patches(patch: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    return size[0] // patch[0], size[1] // patch[1]
+def _shares_position(vit: Any) -> bool:
+    """Whether the model tells all its blocks where tokens are."""
+    names = ("rope", "rel_pos_bias", "shared_rel_pos")
+    return any(getattr(vit, name, None) is not None for name in names)

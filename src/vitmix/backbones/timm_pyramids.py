@@ -25,6 +25,7 @@ from vitmix.backbones.staged import (
     describe_staged,
     in_stages,
     in_windows,
+    pooled,
     to_reduced,
 )
 from vitmix.functional.grids import Grid
@@ -84,14 +85,10 @@ def _pvt(module: Any) -> Block | None:
         return None
     attention = module.attn
     if attention.pool is not None:
-        return attends(module, reach=_pooled_keys)
+        return attends(module, reach=partial(pooled, int(attention.pool.output_size)))
     if attention.sr is not None:
         return attends(module, reach=partial(_strided_keys, attention.sr.stride))
     return attends(module)
-
-
-def _pooled_keys(grid: Grid) -> Reach:
-    return Reach(grid, keys=(7, 7))
 
 
 def _strided_keys(stride: Grid, grid: Grid) -> Reach:

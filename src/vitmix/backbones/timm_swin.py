@@ -12,7 +12,7 @@ from torch import nn
 
 from vitmix.backbones.base import Backbone, Block, is_made_by
 from vitmix.backbones.staged import WINDOWED, average_reason
-from vitmix.backbones.timm_parts import grid_of
+from vitmix.backbones.timm_parts import grid_of, patch_of
 from vitmix.functional.grids import Grid
 from vitmix.functional.reach import Reach, windows
 
@@ -58,6 +58,7 @@ def _describe(name: str, swin: Any, stages: Any, norm_first: bool) -> Backbone:
         class_token=False,
         pooling="average",
         grid=grid_of(swin.patch_embed),
+        patch=patch_of(swin.patch_embed),
         recomputes=partial(_recomputes, stages),
         alignment_reason=average_reason(swin.head.global_pool.pool_type),
         vertical_reason=WINDOWED,

@@ -11,13 +11,14 @@ from typing import Any
 
 from torch import nn
 
-from vitmix.backbones.base import Backbone, is_made_by
+from vitmix.backbones.base import GIVEN, Backbone, is_made_by
 from vitmix.backbones.timm_parts import (
     ROTARY,
     blocks_of,
+    dropped,
     grid_of,
+    patch_of,
     pooling_of,
-    require_all_tokens,
 )
 
 __all__ = ["LOOKS_FOR", "describe"]
@@ -35,8 +36,9 @@ def describe(model: nn.Module) -> Backbone | None:
 
 
 def _describe(family: str, vit: Any) -> Backbone:
-    require_all_tokens(vit.patch_drop)
     pooling, reason = pooling_of(vit)
+    patch_embed = vit.embeds if family == "timm NaFlexVit" else vit.patch_embed
+    rotary = getattr(vit, "rope", None) is not None
     return Backbone(
         family=family,
         blocks=blocks_of(family, vit.blocks),
@@ -44,9 +46,11 @@ def _describe(family: str, vit: Any) -> Backbone:
         num_prefix_tokens=int(vit.num_prefix_tokens),
         class_token=bool(vit.has_class_token),
         pooling=pooling,
-        grid=grid_of(vit.embeds if family == "timm NaFlexVit" else vit.patch_embed),
-        pool_prefix=bool(getattr(vit, "pool_include_prefix", False)),
+        grid=grid_of(patch_embed),
+        patch=patch_of(patch_embed),
         recomputes=partial(getattr, vit, "grad_checkpointing", False),
         alignment_reason=reason,
-        vertical_reason=None if getattr(vit, "rope", None) is None else ROTARY,
+        vertical_reason=ROTARY if rotary else None,
+        tokens_reason=dropped(getattr(vit.patch_drop, "prob", 0.0)),
+        rollout_reason=GIVEN if rotary else None,
     )

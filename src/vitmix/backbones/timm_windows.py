@@ -11,9 +11,9 @@ from math import isqrt
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vitmix.backbones.base import Backbone, Block
+from vitmix.backbones.base import Backbone, Block, Reason
 from vitmix.backbones.staged import (
     WINDOWED,
     Located,
@@ -24,7 +24,8 @@ from vitmix.backbones.staged import (
     in_windows,
     to_reduced,
 )
-from vitmix.errors import UnsupportedModelError
+from vitmix.backbones.timm_parts import dropped
+from vitmix.backbones.units import unit_blocks
 from vitmix.functional.grids import Grid
 from vitmix.functional.reach import Reach, windows
 
@@ -88,38 +89,13 @@ def _nest(model: Any) -> Located:
 
 
 def _hiera(model: Any) -> Located:
-    """Tokens are in such an order that those of a window lie at equal distances, all the way."""
-    if model.patch_drop_rate:
-        raise UnsupportedModelError(
-            f"looked for a model that keeps all its tokens, found patch_drop_rate="
-            f"{model.patch_drop_rate}. The model was not changed."
-        )
     height, width = model.tokens_spatial_shape
     order = model.unroll(torch.arange(height * width).view(1, -1, 1)).flatten()
-    pixels = int(model.patch_stride[0])
-    for module in model.blocks:
-        attention, stride, merged = module.attn, 1, order
-        if attention.q_stride > 1:
-            stride = isqrt(attention.q_stride)
-            cells = order // width // stride * (width // stride) + order % width // stride
-            merged = cells[: len(order) // attention.q_stride]
-        count = 1
-        if attention.use_mask_unit_attn:
-            count = len(merged) // attention.window_size
-        block = attends(
-            module,
-            order=order,
-            heads_first=attention.use_mask_unit_attn,
-            stride=stride,
-            reach=partial(_units, order.view(-1, count).T, merged.view(-1, count).T, stride),
-        )
-        order, width, pixels = merged, width // stride, pixels * stride
-        yield block, pixels
+    return unit_blocks(model.blocks, order, width, int(model.patch_stride[0]))
 
 
-def _units(keys: Tensor, queries: Tensor, stride: int, grid: Grid) -> Reach:
-    merged = (grid[0] // stride, grid[1] // stride)
-    return Reach(grid, windows=keys, queries=merged, query_windows=queries)
+def _hiera_reason(model: Any) -> Reason:
+    return dropped(model.patch_drop_rate)
 
 
 def _hieradet(model: Any) -> Located:
@@ -142,7 +118,7 @@ def _pooled(size: Grid, stride: int, grid: Grid) -> Reach:
 
 _FAMILIES = {
     "Nest": StagedFamily("timm.models.nest", _nest, WINDOWED),
-    "Hiera": StagedFamily("timm.models.hiera", _hiera, WINDOWED),
+    "Hiera": StagedFamily("timm.models.hiera", _hiera, WINDOWED, tokens=_hiera_reason),
     "HieraDet": StagedFamily("timm.models.hieradet_sam2", _hieradet, WINDOWED),
     "GlobalContextVit": StagedFamily("timm.models.gcvit", in_stages(_gcvit), WINDOWED),
     "DaVit": StagedFamily("timm.models.davit", in_stages(_davit), WINDOWED),

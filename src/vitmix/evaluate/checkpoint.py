@@ -17,6 +17,7 @@ from vitmix.errors import InputError
 from vitmix.evaluate.measured import chosen_measures, measure, save_measures
 from vitmix.train.checkpoint import load_trained
 from vitmix.train.data import load_data
+from vitmix.train.folder import write_json
 from vitmix.train.loading import make_augment, make_loader
 from vitmix.train.provenance import commit, pick_device
 
@@ -44,7 +45,7 @@ class Scores:
     images: int
 
 
-@torch.inference_mode()
+@torch.no_grad()  # a model that inference mode moves to a device has no gradients any more
 def evaluate_model(
     model: nn.Module,
     loader: DataLoader[Any],
@@ -83,10 +84,11 @@ class OpenedRun:
     data: ImageData
     prepare: Callable[[Tensor], Tensor]
     device: str
+    batch_size: int | None = None
 
     def batches(self) -> DataLoader[Any]:
         """The test images: ``(B, 3, H, W)`` uint8 and labels ``(B,)``."""
-        return make_loader(self.data, self.config, train=False)
+        return make_loader(self.data, self.config, train=False, batch_size=self.batch_size)
 
 
 def open_run(
@@ -108,12 +110,14 @@ def open_run(
     place = pick_device(device)
     trained = load_trained(run, model=model)
     config = trained.config
+    config.teacher_maps = None  # of the training images
     if data is not None:
+        if Path(data).name != Path(config.data).name:  # other data, not the same elsewhere
+            config.label_column = config.test_split = config.val_share = None
         config.data = data
     if test_split is not None:
         config.test_split, config.val_share = test_split, None
     config.img_size = trained.img_size
-    config.batch_size = batch_size or config.batch_size
     images = load_data(config)
     if images.classes != trained.classes:
         raise InputError(
@@ -123,7 +127,7 @@ def open_run(
         )
     prepare = make_augment(images, config, torch.Generator(), train=False)
     prepare.mean, prepare.std = trained.mean, trained.std  # as in training, whatever the data
-    return OpenedRun(trained.model, config, images, prepare, place)
+    return OpenedRun(trained.model, config, images, prepare, place, batch_size)
 
 
 def evaluate_checkpoint(
@@ -139,6 +143,7 @@ def evaluate_checkpoint(
     measures: str | None = None,
     limit: int | None = None,
     out: str | None = None,
+    keep: dict[str, Any] | None = None,
 ) -> str:
     """Measure the model of a run folder or checkpoint; returns what to print.
 
@@ -147,7 +152,7 @@ def evaluate_checkpoint(
         data: data set; by default the one that the model was trained on.
         test_split: split of the data to test on; by default as in training.
         model: the model that it must be.
-        batch_size: images at a time.
+        batch_size: images at a time; 256 or, if that is more, as many as in training.
         precision: ``fp32``, ``bf16`` or ``fp16`` of the accuracies; by default as trained.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         json: give JSON instead of words.
@@ -156,6 +161,7 @@ def evaluate_checkpoint(
             ``evaluation.json`` and drawn in ``evaluation.png``.
         limit: take the further measures on so many test images, spread evenly.
         out: folder for the two files; by default that of the run.
+        keep: measures that were taken before, to stay in the files.
 
     Raises:
         InputError: no usable checkpoint, data with other classes, or no such measure.
@@ -187,8 +193,11 @@ def evaluate_checkpoint(
         return _as_json(asdict(scores)) if json else _in_words(scores)
     found = {
         "run": str(path), "data": opened.config.data, "commit": commit(), **asdict(scores),
-        **measure(opened, names, limit),
+        **(keep or {}),
     }  # fmt: skip
+    for name, figures in measure(opened, names, limit):
+        found[name] = figures
+        write_json(folder / "evaluation.json", found)  # what there is, if the next one fails
     lines = save_measures(found, folder, title=f"{opened.config.model}, {path.resolve().name}")
     return _as_json(found) if json else "\n".join([_in_words(scores), *lines])
 

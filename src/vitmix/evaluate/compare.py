@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+import shlex
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from vitmix.train.folder import MARKER, claim_folder, replacing, write_json, wri
 from vitmix.train.methods import method_of, unused_options
 from vitmix.train.parallel import Processes
 from vitmix.train.provenance import commit, versions
+from vitmix.train.recipes import settings_under
 from vitmix.train.run import Interrupted, check_config, default_name, train_run, try_step
 from vitmix.train.stages import build_mixing
 from vitmix.train.transfer import load_start, read_start
@@ -190,10 +193,28 @@ def _document(
     }
 
 
+# Settings that the methods, the seeds and a new folder stand for.
+NOT_REPEATED = {"method", "mix", "labels", "tokens", "seed", "out", "name", "overwrite"}
+
+
 def _command(config: TrainConfig, methods: Sequence[str], seeds: Sequence[int]) -> str:
-    """A comparison of the same kind, for people who read the report."""
-    return (
-        f"vitmix compare --data {config.data} --model {config.model} --methods "
-        f"{','.join(methods)} --seeds {len(seeds)} --epochs {config.epochs} "
-        f"--batch-size {config.batch_size} --lr {config.lr:g}"
-    )
+    """The same comparison, for people who read the report."""
+    recipe = {} if config.recipe is None else {"recipe": config.recipe}
+    beneath = settings_under(recipe, whole_method=True)
+    words = ["vitmix", "compare", "--methods", ",".join(methods)]
+    if len(seeds) > 1:
+        words += ["--seeds", ",".join(map(str, seeds))]
+    elif seeds[0]:
+        words += ["--seed", str(seeds[0])]
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if entry.name in NOT_REPEATED or value == beneath.get(entry.name, entry.default):
+            continue
+        words.append("--" + entry.name.replace("_", "-"))
+        if entry.metadata["count"] is not None:
+            words += map(str, value)
+        elif isinstance(value, str):
+            words.append(value)
+        else:
+            words.append(json.dumps(value))
+    return shlex.join(words)

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vitmix.evaluate.checkpoint import OpenedRun
+    from vitmix.train.config import TrainConfig
     from vitmix.train.records import Records
 
-__all__ = ["MEASURES", "chosen_measures", "measure", "save_measures"]
+__all__ = ["MEASURES", "check_measures", "chosen_measures", "measure", "save_measures"]
 
 BATCH = 64
 Figures = dict[str, Any]
@@ -49,8 +50,10 @@ def chosen_measures(text: str) -> list[str]:
     return names
 
 
-def measure(run: OpenedRun, names: Sequence[str], limit: int | None) -> dict[str, Figures]:
-    """Take measures of a model on its test images.
+def measure(
+    run: OpenedRun, names: Sequence[str], limit: int | None
+) -> Iterator[tuple[str, Figures]]:
+    """Take measures of a model on its test images, one after another.
 
     Args:
         run: the model and the images.
@@ -61,8 +64,7 @@ def measure(run: OpenedRun, names: Sequence[str], limit: int | None) -> dict[str
         InputError: images that a measure cannot be taken on.
         UnsupportedModelError: a model without attention that could be read.
     """
-    if "localisation" in names:
-        _records_with_boxes(run)  # refuses at once, not behind all others
+    check_measures(names, run.config)
     count = len(run.data.test)
     if limit is not None and limit < count:
         rows = torch.arange(limit) * count // limit
@@ -71,7 +73,20 @@ def measure(run: OpenedRun, names: Sequence[str], limit: int | None) -> dict[str
         run.model.to(run.device), run.batches, run.prepare, len(run.data.classes),
         run.device, run.config.seed,
     )  # fmt: skip
-    return {name: MEASURES[name](run, subject) for name in names}
+    for name in names:
+        yield name, MEASURES[name](run, subject)
+
+
+def check_measures(names: Sequence[str], config: TrainConfig) -> None:
+    """Refuse at once what would fail behind the measures before it, or behind a training.
+
+    Raises:
+        InputError: a library that is not installed, or images without boxes.
+    """
+    if "corruptions" in names:
+        measures.corruption_library()
+    if "localisation" in names:
+        _records_with_boxes(config)
 
 
 def save_measures(found: dict[str, Any], folder: Path, title: str) -> list[str]:
@@ -91,18 +106,18 @@ def _plainly(
 
 def _localisation(run: OpenedRun, subject: measures.Subject) -> Figures:
     rows = run.data.test.rows.tolist()
-    return measures.localisation(subject, _with_boxes(run, _records_with_boxes(run), rows))
+    return measures.localisation(subject, _with_boxes(run, _records_with_boxes(run.config), rows))
 
 
-def _records_with_boxes(run: OpenedRun) -> Records:
+def _records_with_boxes(config: TrainConfig) -> Records:
     """What the test images were selected from."""
-    source = find_source(run.config)
-    held_out = source.test is None or run.config.val_share is not None
+    source = find_source(config)
+    held_out = source.test is None or config.val_share is not None
     records = source.train if source.test is None or held_out else source.test
     if records.box is None:
         raise InputError(
             "expected Parquet files with a column box or bbox (x0, y0, x1, y1 in pixels) for "
-            f"--measures localisation, {run.config.data} has none; leave localisation out"
+            f"--measures localisation, {config.data} has none; leave localisation out"
         )
     return records
 

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot, softmax
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 from vitmix.analysis import saliency_by_detector
 from vitmix.backbones import describe
@@ -114,21 +113,17 @@ def calibration(subject: Subject) -> Figures:
     ]
     probabilities, labels = (torch.cat(part) for part in zip(*gathered, strict=True))
     confidence, predicted = probabilities.max(1)
-    expected, largest = (
-        float(
-            multiclass_calibration_error(
-                probabilities, labels, subject.num_classes, n_bins=BINS, norm=norm
-            )
-        )
-        for norm in ("l1", "max")
-    )
+    bins = reliability(confidence.cpu(), (predicted == labels).cpu())
+    errors = [abs(each["accuracy"] - each["confidence"]) for each in bins]
+    shares = [each["images"] / len(labels) for each in bins]
     truth = one_hot(labels, subject.num_classes)
     return {
-        "ece": expected,
-        "mce": largest,
+        "images": len(labels),
+        "ece": sum(share * error for share, error in zip(shares, errors, strict=True)),
+        "mce": max(errors),
         "brier": float((probabilities - truth).square().sum(1).mean()),
         "mean_confidence": float(confidence.mean()),
-        "bins": reliability(confidence.cpu(), (predicted == labels).cpu()),
+        "bins": bins,
     }
 
 
@@ -225,14 +220,8 @@ def corruptions(
     Source: Hendrycks and Dietterich (2019). Strengths are those of ImageNet-C, which are harder on
     small images than those of CIFAR-10-C.
     """
-    try:
-        from imagecorruptions import corrupt, get_corruption_names
-    except ImportError as error:
-        raise InputError(
-            "expected the library imagecorruptions-imaug for --measures corruptions, it is not "
-            "installed; pip install 'vitmix[evaluate]'"
-        ) from error
-    names = list(names or get_corruption_names("common"))
+    library = corruption_library()
+    names = list(names or library.get_corruption_names("common"))
     right = {name: [0] * len(severities) for name in names}
     count = 0
     for images, labels in subject.batches():
@@ -247,7 +236,10 @@ def corruptions(
             for place, severity in enumerate(severities):
                 with _numpy_seed(subject.seed + count):
                     changed = np.stack([
-                        corrupt(each, severity=severity, corruption_name=name) for each in pixels
+                        library.corrupt(each, severity=severity, corruption_name=name, **_own_seed(
+                            name, subject.seed + count + row
+                        ))
+                        for row, each in enumerate(pixels)
                     ])  # fmt: skip
                 tensor = torch.from_numpy(changed).permute(0, 3, 1, 2).to(subject.device)
                 right[name][place] += subject.right(subject.prepare(tensor), labels)
@@ -257,9 +249,30 @@ def corruptions(
     return {"severities": list(severities), "accuracy": accuracy, "mean": mean, "images": count}
 
 
+def corruption_library() -> Any:
+    """The module imagecorruptions.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        import imagecorruptions
+    except ImportError as error:
+        raise InputError(
+            "expected the library imagecorruptions-imaug for --measures corruptions, it is not "
+            "installed; pip install 'vitmix[evaluate]'"
+        ) from error
+    return imagecorruptions
+
+
+def _own_seed(corruption: str, seed: int) -> dict[str, int]:
+    """For the two corruptions that do not draw from NumPy's global generator."""
+    return {"seed": seed} if corruption in ("impulse_noise", "glass_blur") else {}
+
+
 @contextmanager
 def _numpy_seed(seed: int) -> Iterator[None]:
-    """Seed NumPy's global generator, which the library draws from, and put it back."""
+    """Seed NumPy's global generator, which most corruptions draw from, and put it back."""
     before = np.random.get_state()  # noqa: NPY002
     np.random.seed(seed % 2**32)  # noqa: NPY002
     try:

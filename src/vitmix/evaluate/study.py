@@ -19,7 +19,7 @@ import yaml
 from vitmix.errors import InputError
 from vitmix.evaluate.runs import OF_ONE_RUN
 from vitmix.train.config import TrainConfig, suggest
-from vitmix.train.methods import method_of
+from vitmix.train.methods import method_of, unused_options
 from vitmix.train.recipes import settings_under
 from vitmix.train.transfer import with_model
 
@@ -43,7 +43,7 @@ class Cell:
         config = replace(self.config, seed=seed, data=Path(self.config.data).name)
         defaults = {entry.name: entry.default for entry in fields(config)}
         kept = {
-            key: value
+            key: int(value) if isinstance(value, float) and value.is_integer() else value
             for key, value in config.to_dict().items()
             if key == "seed" or (key not in OF_ONE_RUN and value != defaults[key])
         }
@@ -79,7 +79,8 @@ def read_study(
 
     Args:
         name: of a study, or a file.
-        given: settings that replace those of the study in every cell.
+        given: settings that replace those of the study. What a cell sets itself stays, and a cell
+            whose method has no use for one does without it.
         only: names of cells; all by default.
 
     Raises:
@@ -106,31 +107,63 @@ def read_study(
                 f"expected keys {', '.join(KEYS)} in {name}, got {key!r}{suggest(str(key), KEYS)}"
             )
     cells = content["cells"]
-    for cell in (*(only or ()), *content.get("against", ())):
+    against = content.get("against") or ()
+    against = (against,) if isinstance(against, str) else tuple(against)
+    for cell in (*(only or ()), *against):
         if cell not in cells:
             raise InputError(
                 f"expected cells of {name}: {', '.join(cells)}, got {cell!r}{suggest(cell, cells)}"
             )
     chosen = [cell for cell in cells if only is None or cell in only]
-    settings = dict(content.get("settings") or {})
+    seeds = content.get("seeds", 1)
+    if not isinstance(seeds, int) or seeds < 1:
+        raise InputError(f"expected `seeds` in {name} as a number of seeds, got {seeds!r}")
+    shared = _typed(content.get("settings"), f"`settings` in {name}")
     return Study(
         Path(name).stem,
         str(content.get("title", Path(name).stem)),
-        int(content.get("seeds", 1)),
-        tuple(cell for cell in content.get("against", ()) if cell in chosen),
-        tuple(_cell(cell, settings | (cells[cell] or {}) | dict(given or {})) for cell in chosen),
+        seeds,
+        tuple(cell for cell in against if cell in chosen),
+        tuple(
+            _cell(str(cell), shared, dict(given or {}), _typed(cells[cell], f"cell {cell!r}"))
+            for cell in chosen
+        ),
     )
 
 
-def _cell(name: str, settings: dict[str, Any]) -> Cell:
+def _typed(settings: Any, where: str) -> dict[str, Any]:
+    """Settings of vitmix train as their types say."""
+    from vitmix.options import Parser
+
+    if not isinstance(settings or {}, dict):
+        raise InputError(f"expected settings of vitmix train in {where}, got {settings!r}")
     known = [field.name for field in fields(TrainConfig)]
-    for key in settings:
+    for key in settings or {}:
         if key not in known:
             raise InputError(
-                f"expected settings of vitmix train in cell {name!r}, got {key!r}"
+                f"expected settings of vitmix train in {where}, got {key!r}"
                 f"{suggest(str(key), known)}"
             )
-    config = TrainConfig.from_dict(with_model(settings_under(settings) | settings))
+    parser = Parser("vitmix train", "settings", "")
+    parser.add_config(TrainConfig)
+    try:
+        return parser.typed(settings or {})
+    except InputError as error:
+        raise InputError(f"{error}, in {where}") from error
+
+
+def _cell(name: str, shared: dict[str, Any], given: dict[str, Any], own: dict[str, Any]) -> Cell:
+    """A row: what all share, what the user gave instead, and what it is about itself."""
+    settings = shared | given | own
+    # A recipe of the user's is what rows are compared under, not one of the methods compared.
+    beneath = settings_under(settings, whole_method="recipe" in given and "recipe" not in own)
+    config = TrainConfig.from_dict(with_model(beneath | settings))
     config.validate()
-    method_of(config)
-    return Cell(str(name), config)
+    spec = method_of(config)
+    stages = (*spec.mix, *spec.tokens)
+    idle = {*unused_options(spec), *(key for part in stages for key in part.args)}
+    idle |= set() if spec.needs_teacher else {"teacher"}
+    for entry in fields(config):
+        if entry.name in idle & given.keys() - own.keys():
+            setattr(config, entry.name, entry.default)
+    return Cell(name, config)

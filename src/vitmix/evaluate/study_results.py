@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 
     from vitmix.evaluate.study import Cell, Study
 
-__all__ = ["Runs", "find_run", "find_runs_of", "measures_in"]
+__all__ = ["READING", "Runs", "check_images", "find_run", "find_runs_of", "measures_in", "taken_on"]
+
+# Settings beside ``data`` that say which images there are.
+READING = (
+    "label_column", "test_split", "test_share", "val_share", "train_limit", "img_size", "crop_pct",
+    "interpolation", "skip_corrupt",
+)  # fmt: skip
 
 Runs = dict[str, dict[int, dict[str, Any]]]  # results by cell and seed
 
@@ -75,11 +81,46 @@ def find_run(cell: Cell, seed: int, out: Path | None, store: Path | None) -> dic
     return found
 
 
+def check_images(results: Runs) -> None:
+    """Refuse runs that read their data in the same way and have other images.
+
+    The name of a run has no more of its data than the name of the folder.
+
+    Raises:
+        InputError: names two runs.
+    """
+    known: dict[str, tuple[str, dict[str, Any]]] = {}
+    for cell, runs in results.items():
+        for seed, run in runs.items():
+            name, keys = f"{cell} seed {seed}", (*READING, "model", "pretrained", "init")
+            read = [run["config"].get(key) for key in keys]
+            other, first = known.setdefault(repr(read), (name, run))
+            if run["data_fingerprint"] != first["data_fingerprint"]:
+                raise InputError(
+                    f"expected the same images in all runs, {name} (of {run['data']}) has others "
+                    f"than {other} (of {first['data']}); choose another --out, and other "
+                    "--results, for other data"
+                )
+
+
 def measures_in(folder: Path) -> dict[str, Any]:
-    """Measures of a run that lie in its folder."""
+    """Measures of a finished run that lie in its folder, if they are of it and of its own data."""
     path = folder / "evaluation.json"
     found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    run = finished_results(folder)
+    if run is None or not found:
+        return {}
+    same = Path(found["run"]).name == folder.name  # not a checkpoint in it
+    if not same or Path(found["data"]).name != Path(run["data"]).name:
+        return {}
     return {name: found[name] for name in (*MEASURES, "commit") if name in found}
+
+
+def taken_on(measure: dict[str, Any]) -> int:
+    """How many images a measure was taken on."""
+    if "images" in measure:
+        return int(measure["images"])
+    return sum(each["images"] for each in measure["bins"])
 
 
 def _in_folder(folder: Path) -> dict[str, Any] | None:

@@ -24,8 +24,16 @@ import torch
 
 from vitmix.errors import InputError, VitmixError
 from vitmix.evaluate.checkpoint import evaluate_checkpoint
-from vitmix.evaluate.measured import MEASURES, chosen_measures
-from vitmix.evaluate.study_results import Runs, find_run, find_runs_of, measures_in
+from vitmix.evaluate.measured import chosen_measures
+from vitmix.evaluate.study_results import (
+    READING,
+    Runs,
+    check_images,
+    find_run,
+    find_runs_of,
+    measures_in,
+    taken_on,
+)
 from vitmix.evaluate.study_tables import write_tables
 from vitmix.plots.study import save_study_figures
 from vitmix.train.checkpoint import LAST
@@ -49,7 +57,8 @@ def run_study(
     """Train the runs that are missing; write ``study.json`` and ``study.md``.
 
     Both are written anew after every run. Teachers of ``tokenmix`` with ``teacher: auto`` are the
-    runs of a cell ``none`` with the same seed, where there is one with its checkpoint.
+    runs of a cell ``none`` with the same seed and settings, where there is one with its checkpoint.
+    A run that fails, with a broken loss say, does not keep the others from being trained.
 
     Args:
         study: the study.
@@ -62,12 +71,13 @@ def run_study(
         The results by cell and seed.
 
     Raises:
-        InputError: data or settings that do not fit.
-        VitmixError: a process that trained was killed.
+        InputError: data or settings that do not fit, or runs on other images than the others.
+        VitmixError: some of the runs failed, or a process that trained was killed.
         Interrupted: Ctrl-C; what was begun goes on with the next call.
     """
     out.mkdir(parents=True, exist_ok=True)
     results = find_runs_of(study, seeds, out, store)
+    check_images(results)
     missing = _missing(study, seeds, out, results)
     count = len(seeds) * len(study.cells)
     print(f"study   {study.name}: {count} runs, {len(missing)} to train, in {out}", flush=True)
@@ -76,20 +86,39 @@ def run_study(
         run = find_run(task.cell, task.seed, out, store)
         assert run is not None
         results[task.cell.name][task.seed] = run
+        check_images(results)
         write_tables(study, results, len(seeds), out)
+
+    failed: dict[str, Exception] = {}
+
+    def fails(task: _Task, error: Exception) -> None:
+        failed[f"{task.cell.name} seed {task.seed}"] = error
+        print(f"{task.label}failed: {error}", flush=True)
 
     try:
         if jobs > 1:
-            _side_by_side(missing, jobs, finished)
+            _side_by_side(missing, jobs, finished, fails)
         else:
             for task in missing:
-                _train(task)
-                finished(task)
+                try:
+                    _train(task)
+                except InputError:
+                    raise
+                except Exception as error:
+                    fails(task, error)
+                else:
+                    finished(task)
     except KeyboardInterrupt:
         raise Interrupted("the same command goes on") from None
     finally:
         _in_memory.clear()
     write_tables(study, results, len(seeds), out)
+    if failed:
+        name, first = next(iter(failed.items()))
+        raise VitmixError(
+            f"{len(failed)} of {len(missing)} runs failed ({', '.join(failed)}), the others are in "
+            f"{out / 'study.md'}; {name}: {first}"
+        ) from first
     return results
 
 
@@ -123,7 +152,8 @@ def _missing(study: Study, seeds: Sequence[int], out: Path, results: Runs) -> li
         for cell in cells:
             if seed not in results[cell.name]:
                 taught = cell.name != "none" and method_of(cell.config).needs_teacher
-                tasks.append(_Task(cell, seed, out, plain if taught else None))
+                alike = cell.config.without_method() == cells[0].config.without_method()
+                tasks.append(_Task(cell, seed, out, plain if taught and alike else None))
     return [
         replace(task, label=f"[{number}/{len(tasks)}] {task.cell.name} seed {task.seed}  ")
         for number, task in enumerate(tasks, 1)
@@ -153,10 +183,7 @@ _in_memory: dict[tuple[str, ...], ImageData] = {}  # the data of the run before
 
 def _data(config: TrainConfig) -> ImageData:
     """The data set, read once for runs that read it in the same way."""
-    names = (
-        "data", "label_column", "test_split", "test_share", "val_share", "train_limit", "img_size",
-        "crop_pct", "interpolation", "mean", "std", "teacher_maps", "skip_corrupt",
-    )  # fmt: skip
+    names = ("data", *READING, "mean", "std", "teacher_maps")
     key = (*(repr(getattr(config, name)) for name in names), repr(pretrained_statistics(config)))
     if key not in _in_memory:
         _in_memory.clear()
@@ -167,7 +194,12 @@ def _data(config: TrainConfig) -> ImageData:
 # --- several at a time
 
 
-def _side_by_side(tasks: Sequence[_Task], jobs: int, finished: Callable[[_Task], None]) -> None:
+def _side_by_side(
+    tasks: Sequence[_Task],
+    jobs: int,
+    finished: Callable[[_Task], None],
+    fails: Callable[[_Task, Exception], None],
+) -> None:
     """Train in processes; a run whose teacher is yet to be trained waits for it."""
     waiting = list(tasks)
     running: dict[Future[None], _Task] = {}
@@ -187,9 +219,15 @@ def _side_by_side(tasks: Sequence[_Task], jobs: int, finished: Callable[[_Task],
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     task = running.pop(future)
-                    future.result()
-                    finished(task)
-        except KeyboardInterrupt:
+                    try:
+                        future.result()
+                    except (InputError, BrokenProcessPool):
+                        raise
+                    except Exception as error:
+                        fails(task, error)
+                    else:
+                        finished(task)
+        except (KeyboardInterrupt, InputError):  # the others keep a checkpoint and end
             for process in active_children():
                 os.kill(process.pid or 0, signal.SIGINT)
             raise
@@ -250,7 +288,7 @@ def _train_in_process(task: _Task) -> None:
 def measure_runs(
     study: Study, results: Runs, out: Path, store: Path | None, names: str, limit: int | None
 ) -> Runs:
-    """Take measures of every run that has none yet; write the tables again, and their figures.
+    """Take the measures that runs lack; write the tables again, and their figures.
 
     Args:
         study: the study.
@@ -258,7 +296,8 @@ def measure_runs(
         out: folder of the run folders.
         store: folder of stored runs.
         names: of measures, as for ``vitmix evaluate``.
-        limit: take them on so many test images.
+        limit: take them on so many test images; measures that were taken on another number are
+            taken again.
 
     Returns:
         The results with their measures.
@@ -266,14 +305,18 @@ def measure_runs(
     Raises:
         InputError: a run that is stored without them, and has no checkpoint here.
     """
-    chosen = chosen_measures(names)
-    wanted = [
-        (cell, seed)
-        for cell in study.cells
-        for seed, run in results[cell.name].items()
-        if not set(chosen) <= run["measures"].keys()
-    ]
-    for cell, seed in wanted:
+    wanted = []
+    for cell in study.cells:
+        for seed, known in results[cell.name].items():
+            taken, count = known["measures"], known["test_images"]
+            missing = [
+                name
+                for name in chosen_measures(names)
+                if name not in taken or taken_on(taken[name]) != min(count, limit or count)
+            ]
+            if missing:
+                wanted.append((cell, seed, missing))
+    for cell, seed, _ in wanted:
         folder = out / cell.folder(seed)
         run = finished_results(folder) if _trained(folder) else None
         if run is None or run["started"] != results[cell.name][seed]["started"]:
@@ -282,12 +325,13 @@ def measure_runs(
                 "checkpoint is not there; leave it out with --cells and --seeds, or train it "
                 "without --results"
             )
-    for cell, seed in wanted:
-        folder = out / cell.folder(seed)
-        print(f"measure {folder.name}", flush=True)
-        before = [name for name in MEASURES if name in measures_in(folder)]
-        names = ",".join(dict.fromkeys((*before, *chosen)))  # the file is written anew
-        evaluate_checkpoint(str(folder), measures=names, limit=limit)
+    for cell, seed, missing in wanted:
+        folder, config = out / cell.folder(seed), cell.config
+        print(f"measure {folder.name}: {', '.join(missing)}", flush=True)
+        evaluate_checkpoint(
+            str(folder), data=config.data, device=config.device, measures=",".join(missing),
+            limit=limit, keep=measures_in(folder),
+        )  # fmt: skip
         run = find_run(cell, seed, out, store)
         assert run is not None
         results[cell.name][seed] = run

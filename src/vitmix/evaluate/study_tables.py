@@ -18,15 +18,19 @@ if TYPE_CHECKING:
     from vitmix.evaluate.study import Study
     from vitmix.evaluate.study_results import Runs
 
-__all__ = ["NOTE", "as_tables", "paired", "show", "summaries_of", "write_tables"]
+__all__ = ["NOTE", "ROUNDED", "as_tables", "paired", "show", "summaries_of", "write_tables"]
 
 
-def paired(runs: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
+ROUNDED = 1e-4  # accuracies in percent are rounded to this
+
+
+def paired(runs: Sequence[float], others: Sequence[float], rounded: float = 0.0) -> dict[str, Any]:
     """Differences seed by seed: their mean, deviation, 95% interval and two-sided t-test.
 
     Args:
         runs: a figure a seed.
         others: the same, of what it is compared with.
+        rounded: what the figures are rounded to; a deviation up to that is none.
 
     Returns:
         ``mean``; with two seeds or more ``sd``, ``half_width`` of the interval, and ``p``, which is
@@ -43,6 +47,7 @@ def paired(runs: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
     if count < 2:
         return found
     deviation = stdev(differences)
+    deviation = deviation if deviation > rounded else 0.0
     found["sd"] = deviation
     found["half_width"] = float(stats.t.ppf(0.975, count - 1)) * deviation / sqrt(count)
     found["p"] = float(stats.ttest_rel(runs, others).pvalue) if deviation else None
@@ -64,6 +69,7 @@ def summaries_of(study: Study, results: Runs) -> list[dict[str, Any]]:
                 row["against"][other] = paired(
                     [runs[seed]["top1"] for seed in common],
                     [results[other][seed]["top1"] for seed in common],
+                    ROUNDED,
                 )
         row["folders"] = [cell.folder(seed) for seed in sorted(runs)]
         row["measures"] = {}

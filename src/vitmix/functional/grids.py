@@ -49,7 +49,13 @@ def overlap(old: int, new: int) -> Tensor:
 
 
 def coarsen(
-    shares: Tensor, old: Grid, new: Grid, *, num_prefix_tokens: int = 0, cell: Grid | None = None
+    shares: Tensor,
+    old: Grid,
+    new: Grid,
+    *,
+    num_prefix_tokens: int = 0,
+    cell: Grid | None = None,
+    adaptive: bool = False,
 ) -> Tensor:
     """Shares on a coarser grid: the mean over the tokens that a new one stands for.
 
@@ -62,6 +68,8 @@ def coarsen(
         new: ``(h', w')``.
         num_prefix_tokens: tokens in front, which stay as they are.
         cell: rows and columns of tokens that a new one stands for; those left over have none.
+        adaptive: cells are those of ``nn.AdaptiveAvgPool2d``, which overlap where sizes are no
+            multiples.
 
     Returns:
         ``(B, num_prefix_tokens + h' * w', K)``, rows sum to 1.
@@ -71,7 +79,8 @@ def coarsen(
         tensor([[[0.2500]]])
     """
     prefix, image = shares[:, :num_prefix_tokens], shares[:, num_prefix_tokens:]
-    rows, columns = (axis.to(shares, non_blocking=True) for axis in _axes(old, new, cell))
+    axes = _axes(old, new, cell, adaptive)
+    rows, columns = (axis.to(shares, non_blocking=True) for axis in axes)
     with no_autocast(shares):
         cells = torch.einsum("ih,jw,bhwk->bijk", rows, columns, image.reshape(len(image), *old, -1))
     return torch.cat((prefix, cells.flatten(1, 2)), 1)
@@ -110,7 +119,9 @@ def refine(shares: Tensor, old: Grid, new: Grid, *, num_prefix_tokens: int = 0) 
     return torch.cat((prefix, tokens.flatten(1, 2)), 1)
 
 
-def spread(saliency: Tensor, new: Grid, old: Grid, *, cell: Grid | None = None) -> Tensor:
+def spread(
+    saliency: Tensor, new: Grid, old: Grid, *, cell: Grid | None = None, adaptive: bool = False
+) -> Tensor:
     """Saliency on the finer grid that was coarsened: a cell's is divided evenly among its tokens.
 
     Args:
@@ -118,6 +129,7 @@ def spread(saliency: Tensor, new: Grid, old: Grid, *, cell: Grid | None = None) 
         new: ``(h', w')``.
         old: ``(h, w)``.
         cell: as for :func:`coarsen`.
+        adaptive: as for :func:`coarsen`.
 
     Returns:
         ``(B, h * w)`` with the same sum.
@@ -126,13 +138,16 @@ def spread(saliency: Tensor, new: Grid, old: Grid, *, cell: Grid | None = None) 
         >>> spread(torch.tensor([[1.0]]), (1, 1), (2, 2))
         tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
     """
-    rows, columns = (axis.to(saliency, non_blocking=True) for axis in _axes(old, new, cell))
+    axes = _axes(old, new, cell, adaptive)
+    rows, columns = (axis.to(saliency, non_blocking=True) for axis in axes)
     with no_autocast(saliency):
         tokens = torch.einsum("ih,jw,bij->bhw", rows, columns, saliency.view(-1, *new))
     return tokens.flatten(1)
 
 
-def _axes(old: Grid, new: Grid, cell: Grid | None) -> list[Tensor]:
+def _axes(old: Grid, new: Grid, cell: Grid | None, adaptive: bool = False) -> list[Tensor]:
+    if adaptive:
+        return [_pooled(*sizes) for sizes in zip(old, new, strict=True)]
     steps = (None, None) if cell is None else cell
     return [_cells(*sizes) for sizes in zip(old, new, steps, strict=True)]
 
@@ -147,4 +162,12 @@ def _cells(old: int, new: int, step: int | None) -> Tensor:
                 return overlap(old, new)
     places = torch.arange(old) // step
     members = (places == torch.arange(new)[:, None]).float()
+    return members / members.sum(1, keepdim=True)
+
+
+def _pooled(old: int, new: int) -> Tensor:
+    """As :func:`_cells` gives it, for the cells of ``nn.AdaptiveAvgPool2d``."""
+    places, cells = torch.arange(old), torch.arange(new)[:, None]
+    first, end = cells * old // new, -(-(cells + 1) * old // new)
+    members = ((places >= first) & (places < end)).float()
     return members / members.sum(1, keepdim=True)

@@ -120,6 +120,8 @@ class Reach:
         cell: rows and columns of tokens that a reduced key stands for, where tokens that don't fill
             one are left out; None if the sizes of both grids say it.
         flat_keys: whether keys are reduced along the tokens row by row: ``(1, h w)`` is their grid.
+        adaptive: whether keys are reduced by ``nn.AdaptiveAvgPool2d``, whose cells overlap where
+            the sizes of both grids are no multiples.
     """
 
     grid: Grid
@@ -131,6 +133,7 @@ class Reach:
     restored: bool = False
     cell: Grid | None = None
     flat_keys: bool = False
+    adaptive: bool = False
 
     @property
     def kind(self) -> str:
@@ -184,6 +187,7 @@ class Reach:
             self.keys,
             num_prefix_tokens=self.num_prefix_tokens,
             cell=self.cell,
+            adaptive=self.adaptive,
         )
 
     def own_shares(self, shares: Tensor) -> Tensor:
@@ -237,7 +241,7 @@ class Reach:
             return tokens.index_add(1, table, places)[:, :-1]
         if self.keys is None:
             return saliency
-        return spread(saliency, self.keys, self._key_source, cell=self.cell)
+        return spread(saliency, self.keys, self._key_source, cell=self.cell, adaptive=self.adaptive)
 
     @property
     def _key_source(self) -> Grid:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
+
+import torch
+from torch import nn
 
 from vitmix.errors import InputError
-from vitmix.models.cct import CCT, cct_names
+from vitmix.models.cct import CCT, cct_names, cct_side
 from vitmix.models.cct import cct as _cct
 from vitmix.models.released import LoadedWeights, load_released
-
-if TYPE_CHECKING:
-    from torch import nn
 
 __all__ = ["CCT", "LoadedWeights", "cct_names", "create_model", "input_side", "load_released"]
 
@@ -43,8 +43,8 @@ def create_model(
         (8, 8)
     """
     if name in cct_names():
-        img_size = input_side(name) if img_size is None else img_size
-        return _cct(name, num_classes=num_classes, img_size=img_size, **kwargs)
+        own = {} if img_size is None else {"img_size": img_size}
+        return _cct(name, num_classes=num_classes, **own, **kwargs)
     try:
         import timm
     except ImportError as error:
@@ -52,11 +52,14 @@ def create_model(
             f"Expected one of vitmix's own models ({', '.join(cct_names())}), but got {name!r}. "
             "Other names need timm: pip install 'vitmix[timm]'."
         ) from error
-    if not (name.startswith(_HUB_PREFIXES) or timm.is_model(name)):
+    hub = name.startswith(_HUB_PREFIXES)
+    if not (hub or timm.is_model(name)):
         raise InputError(_unknown_name(name, [*cct_names(), *timm.list_models()]))
-    img_size = input_side(name) if img_size is None else img_size
+    if img_size is None and not hub:  # timm reads the configuration of a hub model itself
+        img_size = input_side(name)
     model = _create_timm(name, num_classes, img_size, kwargs)
-    _check_patches(name, model, img_size)
+    if img_size is not None:
+        _check_patches(name, model, img_size)
     return model
 
 
@@ -71,15 +74,19 @@ def input_side(name: str) -> int:
         32
     """
     if name in cct_names():
-        return int(name.rsplit("_", 1)[1])
+        return cct_side(name)
     import timm
 
+    if name.startswith(_HUB_PREFIXES):
+        with torch.device("meta"):
+            model: Any = timm.create_model(name)
+        return int(model.pretrained_cfg["input_size"][-1])
     facts: Any = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     return 224 if facts is None else int(facts.input_size[-1])
 
 
 def _create_timm(
-    name: str, num_classes: int, img_size: int | tuple[int, int], kwargs: dict[str, Any]
+    name: str, num_classes: int, img_size: int | tuple[int, int] | None, kwargs: dict[str, Any]
 ) -> nn.Module:
     import timm
 
@@ -93,13 +100,18 @@ def _create_timm(
 
 
 def _check_patches(name: str, model: nn.Module, img_size: int | tuple[int, int]) -> None:
-    """A patch embedding drops the pixels beyond the last whole patch silently; refuse instead."""
-    patch_embed = getattr(model, "patch_embed", None)
-    patch = getattr(patch_embed, "patch_size", None)
-    if patch is None or getattr(patch_embed, "dynamic_img_pad", False):
+    """A patch embedding drops the pixels beyond the last whole patch silently; refuse instead.
+
+    Patches that overlap or are padded lose less than a step of their convolution.
+    """
+    patch_embed: Any = getattr(model, "patch_embed", None)
+    if not hasattr(patch_embed, "patch_size") or getattr(patch_embed, "dynamic_img_pad", False):
+        return
+    first = next((part for part in patch_embed.modules() if isinstance(part, nn.Conv2d)), None)
+    if first is None or first.kernel_size != first.stride or first.padding != (0, 0):
         return
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
-    patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
+    patch = first.stride
     if size[0] % patch[0] or size[1] % patch[1]:
         raise InputError(
             f"Expected an image size that is a multiple of {name}'s patch size "

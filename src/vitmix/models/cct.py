@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vitmix.errors import InputError
 from vitmix.models._cct_layers import Block, Tokenizer, sine_positions
 
-__all__ = ["CCT", "cct", "cct_names"]
+__all__ = ["CCT", "cct", "cct_names", "cct_side"]
 
 _POSITIONS = ("learnable", "sine", "none")
 
@@ -170,7 +170,7 @@ class CCT(nn.Module):
         self.num_classes = num_classes
         head = _linear_head(self.embed_dim, num_classes)
         head.apply(_init_weights)
-        self.classifier.fc = head.to(self.classifier.norm.weight.device)
+        self.classifier.fc = head.to(self.classifier.norm.weight)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Images `(B, C, H, W)` to tokens `(B, N, D)` after the final norm."""
@@ -267,6 +267,17 @@ def cct_names() -> list[str]:
         True
     """
     return list(_PUBLISHED)
+
+
+def cct_side(name: str) -> int:
+    """Side in pixels of the images that a published configuration takes.
+
+    Example:
+        >>> cct_side("cct_7_3x1_32_sine")
+        32
+    """
+    side: int = _PUBLISHED[name]["img_size"]
+    return side
 
 
 def cct(name: str, **kwargs: Any) -> CCT:

@@ -341,12 +341,13 @@ class TrainConfig:
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise InputError(f"expected {_dashed(name)} to be greater than 0, got {value}")
         below_one = (
-            "test_share", "hflip", "reprob", "smoothing", "model_ema_decay", "drop_path",
-            "mixup_prob", "mixup_switch_prob",
+            "test_share", "val_share", "hflip", "reprob", "smoothing", "model_ema_decay",
+            "drop_path", "mixup_prob", "mixup_switch_prob",
         )  # fmt: skip
+        exclusive = ("test_share", "val_share", "smoothing", "model_ema_decay", "drop_path")
         for name in below_one:
             value = getattr(self, name)
-            inclusive = name not in ("test_share", "smoothing", "model_ema_decay", "drop_path")
+            inclusive = name not in exclusive
             if value is not None and not (0 <= value <= 1 if inclusive else 0 <= value < 1):
                 bound = "between 0 and 1" if inclusive else "at least 0 and less than 1"
                 raise InputError(f"expected {_dashed(name)} to be {bound}, got {value}")

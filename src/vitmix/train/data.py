@@ -193,9 +193,15 @@ def _split(source: Source, test_share: float) -> tuple[Records, Records]:
                 f"expected at least two images a class in {source.name!r} to hold some out for "
                 "testing, got one; add images, or a test folder"
             )
-    if source.ordered:  # so that the first N rows hold all classes
+    if source.ordered or _class_by_class(train.labels):  # so that the first N rows hold all
         train = train.select(_interleaved(train.labels, generator))
     return train, test
+
+
+def _class_by_class(labels: Tensor) -> bool:
+    """Whether the rows of a class lie together, so that the first rows hold only some classes."""
+    changes = int((labels[1:] != labels[:-1]).sum())
+    return changes < len(set(labels.tolist()))
 
 
 def _interleaved(labels: Tensor, generator: torch.Generator) -> Tensor:

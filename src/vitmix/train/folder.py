@@ -14,7 +14,15 @@ from vitmix.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["MARKER", "claim_folder", "read_settings", "replacing", "write_json", "write_text"]
+__all__ = [
+    "MARKER",
+    "claim_folder",
+    "held",
+    "read_settings",
+    "replacing",
+    "write_json",
+    "write_text",
+]
 
 MARKER = "config.yaml"  # what makes a folder one of ours
 
@@ -77,6 +85,32 @@ def _make(folder: Path, settings: dict[str, Any]) -> Path:
             f"expected --out to be a place to write in, cannot make {folder}: {error.strerror}"
         ) from error
     return folder
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep a run folder to this process while it trains; a process that is killed lets it go.
+
+    Raises:
+        InputError: another process trains in it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    read_settings(folder)
+    with (folder / MARKER).open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"expected a run that nothing else trains, {folder} is in use by another process; "
+                "wait for it or stop it"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -222,13 +222,19 @@ def ignore_interrupt(worker: int) -> None:
 
 
 def make_loader(
-    data: ImageData, config: TrainConfig, *, train: bool, processes: Processes | None = None
+    data: ImageData,
+    config: TrainConfig,
+    *,
+    train: bool,
+    processes: Processes | None = None,
+    batch_size: int | None = None,
 ) -> Loader:
     """Batches ``(images (B, 3, H, W) uint8, labels (B,))`` of one split.
 
     Of several processes each gets its part: of every training batch, and of the test images, none
     of which is seen twice. With ``config.teacher_maps`` the training batches have maps
-    ``(B, h, w)`` uint8 as a third part.
+    ``(B, h, w)`` uint8 as a third part. Test images come 256 at a time, or as many as in training
+    if that is more, or ``batch_size``.
 
     Raises:
         InputError: fewer images than a batch, or than processes.
@@ -265,9 +271,9 @@ def make_loader(
         dataset = DecodingDataset(split, cut, crop, policy, maps)
         workers = loading_processes(config)
         collate = CollateReadable(config.skip_corrupt)
-    size, own = max(config.batch_size // processes.count, 256), None
-    if train:
-        size = config.batch_size // processes.count
+    size, own = config.batch_size // processes.count, None
+    if not train:
+        size = max(size, 256) if batch_size is None else batch_size
     if processes.count > 1:
         if train:
             own = own_places(len(split), config.batch_size, processes)
@@ -294,6 +300,24 @@ def loading_processes(config: TrainConfig) -> int:
     known = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
     return min(config.workers, cores)
+
+
+def check_crops(data: ImageData, config: TrainConfig) -> None:
+    """Refuse settings of a crop that these images do not get.
+
+    Raises:
+        InputError: names the option.
+    """
+    if data.train.images is None and config.crop_padding is not None:
+        raise InputError(
+            "expected --scale, a random resized crop, for images that are too many or too large to "
+            "keep in memory, got --crop-padding; leave it out"
+        )
+    if data.train.images is not None and config.ratio is not None and config.scale is None:
+        raise InputError(
+            "expected --scale with --ratio, as the crops of small images are padded ones without "
+            "it; add --scale, or leave --ratio out"
+        )
 
 
 def make_augment(

@@ -40,7 +40,7 @@ REPLACED = {
     "opt": ("opt_kwargs",),
     "model": ("model_kwargs",),
     "init": ("pretrained",),
-    "mix": ("mixup", "cutmix", "mixup_prob", "mixup_mode", "mixup_switch_prob"),
+    "mix": ("mixup", "cutmix", "mixup_prob", "mixup_switch_prob", "mixup_mode"),
 }
 
 _INTRODUCTION = """# Recipes

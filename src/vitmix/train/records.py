@@ -102,7 +102,7 @@ class Source:
     train: Records
     test: Records | None
     mirror: bool = True  # False where a mirrored image means something else, as for digits
-    ordered: bool = False  # True where the rows come class by class
+    ordered: bool = False  # True where the first rows may lack classes
 
     @property
     def fingerprint(self) -> str:

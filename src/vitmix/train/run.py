@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,8 @@ from vitmix.train.checkpoint import (
     read_checkpoint,
 )
 from vitmix.train.data import ImageData, load_data
-from vitmix.train.folder import MARKER, claim_folder, write_json
-from vitmix.train.loading import make_augment, make_loader
+from vitmix.train.folder import MARKER, claim_folder, held, write_json
+from vitmix.train.loading import check_crops, make_augment, make_loader
 from vitmix.train.loggers import check_loggers, close_loggers, make_loggers
 from vitmix.train.methods import method_name, method_of
 from vitmix.train.module import MixingTask, NonFiniteLossError
@@ -111,19 +111,40 @@ def train_run(
         finish: is called with the result before ``results.json`` marks the run as finished.
 
     Raises:
-        InputError: settings, data, model or checkpoint do not fit; nothing was written.
+        InputError: settings, data, model or checkpoint do not fit, and nothing was written; or
+            another process trains in the folder.
         NonFiniteLossError: the loss became NaN; the message names the step and the checkpoint.
         Interrupted: Ctrl-C; the message names the checkpoint.
     """
     check_config(config)
     commit()  # as it is now, not when the run ends
-    processes = Processes.of(config)
+    with ExitStack() as locks:
+        return _train_run(
+            config, data, teacher_run, resume, label, verbose, finish, Processes.of(config), locks
+        )
+
+
+def _train_run(
+    config: TrainConfig,
+    data: ImageData | None,
+    teacher_run: Path | None,
+    resume: Path | None,
+    label: str,
+    verbose: bool,
+    finish: Callable[[RunResult], object] | None,
+    processes: Processes,
+    locks: ExitStack,
+) -> RunResult:
+    """See :func:`train_run`; ``locks`` keep the folder until they are closed."""
     verbose &= processes.first
+    if resume is not None and processes.first:
+        locks.enter_context(held(resume))
     spec = method_of(config)
     path, saved = (newest_checkpoint(resume) if resume is not None else None) or (None, None)
     # A checkpoint of the run knows what it began with, which may be gone.
     start = None if config.init is None or saved is not None else read_start(config.init)
     data = data or load_data(config)
+    check_crops(data, config)
     if config.init is not None:
         origin = start.origin if start is not None else (saved or {})["vitmix"]
         data = normalised(data, config, origin)
@@ -155,6 +176,7 @@ def train_run(
     if folder is None and processes.first:
         settings = config.to_dict()
         folder = claim_folder(config.out, config.name, default, config.overwrite, settings)
+        locks.enter_context(held(folder))
     folder = folder or shared_folder(config)
     if processes.first and processes.count > 1:
         tell_folder(folder)

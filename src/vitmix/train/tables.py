@@ -110,7 +110,7 @@ def read_hub(name: str, label_column: str | None, test_split: str | None) -> Sou
     classes, train_records = records(train[0], None)
     test_records = None if test is None else records(test, classes)[1]
     title = Path(name.split(":")[0]).name
-    return Source(title, classes, train_records, test_records, ordered=_ordered(train_records))
+    return Source(title, classes, train_records, test_records)
 
 
 def _load(datasets: Any, name: str) -> Any:
@@ -129,12 +129,6 @@ def _load(datasets: Any, name: str) -> Any:
         raise InputError(
             f"expected a data set that the datasets library loads as {name!r}: {first_line(error)}"
         ) from error
-
-
-def _ordered(records: Records) -> bool:
-    """Whether rows come class by class, so that the first of them hold only some."""
-    changes = int((records.labels[1:] != records.labels[:-1]).sum())
-    return changes < len(set(records.labels.tolist()))
 
 
 @dataclass(frozen=True)
