@@ -129,7 +129,10 @@ def model_with_pictures(options: dict[str, Any], checkpoint: str | None) -> Prev
             teacher = deepcopy(model)
             notes.append("The model itself stands in for the teacher.")
         else:
-            teacher = named_teacher(config.teacher, pictures.classes, pictures.name, side)
+            teacher = named_teacher(
+                config.teacher, pictures.classes, pictures.name, side,
+                mean=pictures.mean, std=pictures.std,
+            )  # fmt: skip
     mixing = build_mixing(model, config, num_classes=classes, img_size=side, teacher=teacher)
     if trained is not None and same_stages:
         _load_stages(mixing, trained.path)
