@@ -164,13 +164,13 @@ def test_the_first_rows_of_sorted_images_have_all_classes(tmp_path: Path, split:
 
 
 def test_parquet_label_column_by_choice(tmp_path: Path) -> None:
-    parquet(tmp_path / "train.parquet", [0, 1, 2, 0], ["a", "b", "c"], coarse=[1, 1, 0, 0])
+    parquet(tmp_path / "train.parquet", [0, 1, 2, 0], ["a", "b", "c"], coarse=[1, 0, 0, 1])
     parquet(tmp_path / "test.parquet", [0, 1], ["a", "b", "c"], coarse=[1, 0])
     default = load_data(TrainConfig(data=str(tmp_path)))
     coarse = load_data(TrainConfig(data=str(tmp_path), label_column="coarse"))
     assert default.classes == ("a", "b", "c")
     assert coarse.classes == ("x", "y")
-    assert coarse.train.labels.tolist() == [1, 1, 0, 0]
+    assert coarse.train.labels.tolist() == [1, 0, 0, 1]
 
 
 def test_parquet_without_metadata_takes_values_as_names(tmp_path: Path) -> None:
