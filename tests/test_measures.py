@@ -173,7 +173,7 @@ def test_the_calibration_error_is_that_of_torchmetrics() -> None:
     assert found["ece"] == found["mce"] == pytest.approx(abs((1 + 0.952574) / 2 - 0.75), abs=1e-5)
 
 
-def test_gradients_after_accuracies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_after_accuracies() -> None:
     """As where the model is moved to another device, which makes new parameters."""
 
     class Moved(nn.Linear):

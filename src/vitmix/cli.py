@@ -261,7 +261,6 @@ def _compare(options: Any) -> None:
 
 
 METHOD_OPTIONS = ("method", "mix", "labels", "tokens")
-PIXEL_OPTIONS = ("mixup", "cutmix", "mixup_prob", "mixup_switch_prob", "mixup_mode")
 
 
 def _configure_study(parser: Parser) -> None:
@@ -276,6 +275,7 @@ def _configure_ablate(parser: Parser) -> None:
 
 def _configure_cells(parser: Parser) -> None:
     from vitmix.train.config import TrainConfig
+    from vitmix.train.recipes import REPLACED
 
     parser.add("--cells", str | None, None, "only these cells, between commas")
     parser.add(
@@ -290,7 +290,7 @@ def _configure_cells(parser: Parser) -> None:
     parser.add("--limit", int | None, None, "take them on so many test images, spread evenly")
     parser.add_config(
         TrainConfig,
-        leave_out=(*METHOD_OPTIONS, *PIXEL_OPTIONS, "name", "overwrite"),
+        leave_out=(*METHOD_OPTIONS, *REPLACED["mix"], "name", "overwrite"),
     )
 
 

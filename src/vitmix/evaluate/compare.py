@@ -162,10 +162,7 @@ def compare(
 def _settings_of(config: TrainConfig, method: str) -> TrainConfig:
     """The settings for one of several methods: without options that only others use."""
     spec = method_of(replace(config, method=method))
-    unused: dict[str, Any] = dict.fromkeys(unused_options(spec))
-    if not spec.needs_teacher:
-        unused["teacher"] = "auto"
-    return replace(config, method=method, **unused)
+    return replace(config.without(unused_options(spec)), method=method)
 
 
 def _try_method(config: TrainConfig, data: ImageData) -> None:

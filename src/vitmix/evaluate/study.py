@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import yaml
 
 from vitmix.errors import InputError
 from vitmix.evaluate.runs import OF_ONE_RUN
+from vitmix.options import Parser
 from vitmix.train.config import TrainConfig, suggest
 from vitmix.train.methods import method_of, unused_options
 from vitmix.train.recipes import settings_under
@@ -131,10 +133,16 @@ def read_study(
     )
 
 
+@cache
+def _parser() -> Parser:
+    """Of the options of vitmix train, whose types the settings of cells have."""
+    parser = Parser("vitmix train", "settings", "")
+    parser.add_config(TrainConfig)
+    return parser
+
+
 def _typed(settings: Any, where: str) -> dict[str, Any]:
     """Settings of vitmix train as their types say."""
-    from vitmix.options import Parser
-
     if not isinstance(settings or {}, dict):
         raise InputError(f"expected settings of vitmix train in {where}, got {settings!r}")
     known = [field.name for field in fields(TrainConfig)]
@@ -144,10 +152,8 @@ def _typed(settings: Any, where: str) -> dict[str, Any]:
                 f"expected settings of vitmix train in {where}, got {key!r}"
                 f"{suggest(str(key), known)}"
             )
-    parser = Parser("vitmix train", "settings", "")
-    parser.add_config(TrainConfig)
     try:
-        return parser.typed(settings or {})
+        return _parser().typed(settings or {})
     except InputError as error:
         raise InputError(f"{error}, in {where}") from error
 
@@ -162,8 +168,4 @@ def _cell(name: str, shared: dict[str, Any], given: dict[str, Any], own: dict[st
     spec = method_of(config)
     stages = (*spec.mix, *spec.tokens)
     idle = {*unused_options(spec), *(key for part in stages for key in part.args)}
-    idle |= set() if spec.needs_teacher else {"teacher"}
-    for entry in fields(config):
-        if entry.name in idle & given.keys() - own.keys():
-            setattr(config, entry.name, entry.default)
-    return Cell(name, config)
+    return Cell(name, config.without(idle & given.keys() - own.keys()))

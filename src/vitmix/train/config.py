@@ -311,12 +311,15 @@ class TrainConfig:
 
     def without_method(self, method: str = "none", **changes: Any) -> TrainConfig:
         """The settings with another method, and none of the options that belong to one."""
+        own = [entry.name for entry in fields(self) if entry.metadata["group"] == "Method"]
+        return replace(self.without(own), **({"method": method} | changes))
+
+    def without(self, names: Iterable[str]) -> TrainConfig:
+        """The settings with the defaults of some."""
         own: dict[str, Any] = {
-            entry.name: entry.default
-            for entry in fields(self)
-            if entry.metadata["group"] == "Method"
+            entry.name: entry.default for entry in fields(self) if entry.name in set(names)
         }
-        return replace(self, **(own | {"method": method} | changes))
+        return replace(self, **own)
 
     def validate(self) -> None:
         """Refuse numbers that no run can work with.

@@ -193,7 +193,7 @@ def _split(source: Source, test_share: float) -> tuple[Records, Records]:
                 f"expected at least two images a class in {source.name!r} to hold some out for "
                 "testing, got one; add images, or a test folder"
             )
-    if source.ordered or _class_by_class(train.labels):  # so that the first N rows hold all
+    if _class_by_class(train.labels):  # so that the first N rows hold all classes
         train = train.select(_interleaved(train.labels, generator))
     return train, test
 

@@ -375,5 +375,6 @@ def unused_options(spec: MethodSpec) -> list[str]:
         "kappa": "vertical" in names,
         "block": bool(names),
         "vertical_block": "vertical" in names,
+        "teacher": spec.needs_teacher,
     }
     return [option for option, known in used.items() if not known]

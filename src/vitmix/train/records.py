@@ -102,7 +102,6 @@ class Source:
     train: Records
     test: Records | None
     mirror: bool = True  # False where a mirrored image means something else, as for digits
-    ordered: bool = False  # True where the first rows may lack classes
 
     @property
     def fingerprint(self) -> str:
@@ -236,7 +235,7 @@ def _read_digits() -> Source:
     labels = torch.from_numpy(table[:, 64].astype(np.int64))
     records = Records(labels, open_digit, lambda row: f"digit {row}")
     names = tuple(str(digit) for digit in range(10))
-    return Source("digits", names, records, None, mirror=False, ordered=True)
+    return Source("digits", names, records, None, mirror=False)
 
 
 def _make_fake(data: str) -> Source:
@@ -306,7 +305,7 @@ def _read_torchvision(name: str, root: Path, download: bool) -> Source:
     classes = tuple(str(entry) for entry in names)
     test_records = None if test is None else _torchvision_records(test)
     mirror = name not in ("mnist", "svhn", "gtsrb")
-    return Source(name, classes, train_records, test_records, mirror, ordered=test is None)
+    return Source(name, classes, train_records, test_records, mirror)
 
 
 def _torchvision_records(dataset: Any) -> Records:
@@ -331,11 +330,11 @@ def _read_folder(path: Path, test_split: str | None) -> Source:
                 "found no train; leave the option out to hold some images out"
             )
         classes, train = _class_folders(path, None)
-        return Source(path.name, classes, train, None, ordered=True)
+        return Source(path.name, classes, train, None)
     _, test_name = choose_splits(split, test_split, str(path))
     classes, train = _class_folders(split["train"], None)
     test = None if test_name is None else _class_folders(split[test_name], classes)[1]
-    return Source(path.name, classes, train, test, ordered=True)
+    return Source(path.name, classes, train, test)
 
 
 def _class_folders(path: Path, classes: tuple[str, ...] | None) -> tuple[tuple[str, ...], Records]:

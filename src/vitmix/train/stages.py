@@ -175,9 +175,8 @@ def _make(class_name: str, args: dict[str, Any], own: str | None = None) -> Any:
 
 def _refuse_unused(spec: MethodSpec, config: TrainConfig) -> None:
     """An option that the method has no use for is a mistake, not something to pass over."""
-    given = [option for option in unused_options(spec) if getattr(config, option) is not None]
-    if config.teacher != "auto" and not spec.needs_teacher:
-        given.append("teacher")
+    plain = config.without_method()
+    given = [name for name in unused_options(spec) if getattr(config, name) != getattr(plain, name)]
     if given:
         raise InputError(
             f"expected a method that uses --{given[0].replace('_', '-')}, got --method "
