@@ -125,6 +125,24 @@ def test_difficulty_gate() -> None:
     assert out.aux_loss > 0
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_tau_that_label_smoothing_puts_out_of_reach() -> None:
+    """A smoothed label has an entropy, below which no cross-entropy is, so no sample is easy."""
+
+    def build(tau: float | str, smoothing: float) -> None:
+        stage = horizontal(tau=tau)
+        vitmix.MixingModel(
+            make_cct(), tokens=[stage], num_classes=NUM_CLASSES, label_smoothing=smoothing
+        )
+
+    smoothed = vitmix.functional.smooth_targets(torch.tensor([0]), NUM_CLASSES, 0.2)
+    least = float(vitmix.functional.soft_cross_entropy(smoothed.log(), smoothed))
+    with pytest.warns(UserWarning, match=r"will mix no sample.*tau is"):
+        build(least - 1e-3, 0.2)
+    for tau, smoothing in ((least + 1e-3, 0.2), (least - 1e-3, 0.0), ("auto:0.5", 0.2)):
+        build(tau, smoothing)
+
+
 def test_scorenet_stop_gradient() -> None:
     """With stop-gradient, ScoreNet's loss reaches no parameter of the model."""
     for stop in (True, False):

@@ -130,12 +130,17 @@ def test_defaults_are_the_published_ones_scaled(
 
 def test_class_token_models_get_the_published_imagenet_setting() -> None:
     model = create_model("vit_tiny_patch16_224", num_classes=10, img_size=224)
-    mixing = build_mixing(model, TrainConfig(method="tokenmixup"), num_classes=10, img_size=224)
+    config = TrainConfig(method="tokenmixup", smoothing=0.0)
+    mixing = build_mixing(model, config, num_classes=10, img_size=224)
     horizontal, vertical = mixing.tokens
     assert (horizontal.block, horizontal.tau) == (3, 1.0)
     assert horizontal.rho == pytest.approx(0.01)  # type: ignore[operator]
     assert (horizontal.stop_gradient, horizontal.scorenet_weight) == (True, 1.0)
     assert (vertical.block, vertical.kappa) == (4, 3)
+    mixing = build_mixing(model, replace(config, smoothing=0.1), num_classes=1000, img_size=224)
+    smoothed = vitmix.functional.smooth_targets(torch.tensor([0]), 1000, 0.1)
+    least = float(vitmix.functional.soft_cross_entropy(smoothed.log(), smoothed))
+    assert mixing.tokens[0].tau == pytest.approx(1.0 + least)  # the published one had no smoothing
 
 
 def mixes(config: TrainConfig) -> list[tuple[str, float]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -17,7 +19,7 @@ from vitmix.errors import InputError, UnsupportedModelError
 from vitmix.flow import Flow
 from vitmix.functional.grids import Grid
 from vitmix.functional.mixture import Mixture
-from vitmix.functional.targets import smooth_targets
+from vitmix.functional.targets import least_cross_entropy, smooth_targets
 from vitmix.gradient import gradient_saliency, logits_of
 from vitmix.labels import AreaLabels, LabelEvidence, LabelRule
 from vitmix.pixels import PixelMix, PixelPlan
@@ -196,6 +198,8 @@ class MixingModel(nn.Module):
         self._relay = Relay()
         self._replays: list[Replay] = []
         self._watch = UntrainedWatch()
+        for stage in tokens:
+            _warn_of_smoothing(stage, least_cross_entropy(num_classes, label_smoothing))
 
     def detach(self) -> nn.Module:
         """Return the model, which carries nothing of vitmix from now on.
@@ -528,6 +532,18 @@ def _applied(plan: PixelPlan, images: Tensor, seen: Grid) -> Tensor:
     mixed = images.clone()
     mixed[..., :rows, :columns] = plan.apply(images[..., :rows, :columns])
     return mixed
+
+
+def _warn_of_smoothing(stage: TokenStage, least: float) -> None:
+    """Smoothed labels leave no sample easier than their entropy, and tau is a cross-entropy."""
+    tau = stage.tau if isinstance(stage, HorizontalTokenMixup) else math.inf
+    if not isinstance(tau, str) and 0 < tau <= least:
+        warnings.warn(
+            f"HorizontalTokenMixup(block={stage.block}) will mix no sample: with this label "
+            f"smoothing no cross-entropy is below {least:.3g}, and tau is {tau:.3g}. Raise tau, "
+            "let it follow the batches (tau='auto:0.5'), or smooth less",
+            stacklevel=3,
+        )
 
 
 def _require_kind(name: str, value: object, kinds: tuple[type, ...]) -> None:

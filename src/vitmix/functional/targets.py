@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,7 @@ from vitmix.errors import InputError
 
 __all__ = [
     "activation_weight",
+    "least_cross_entropy",
     "smooth_targets",
     "soft_cross_entropy",
     "soft_cross_entropy_per_sample",
@@ -121,6 +123,22 @@ def smooth_targets(targets: Tensor, num_classes: int, smoothing: float = 0.0) ->
             f"(B, {num_classes}), got {tuple(targets.shape)} of {targets.dtype}"
         )
     return soft if smoothing == 0.0 else soft * (1 - smoothing) + smoothing / num_classes
+
+
+def least_cross_entropy(num_classes: int, smoothing: float) -> float:
+    """Cross-entropy, in nats, of a perfect prediction of a smoothed label: the label's entropy.
+
+    Args:
+        num_classes: C.
+        smoothing: s of :func:`smooth_targets`, in [0, 1).
+
+    Example:
+        >>> round(least_cross_entropy(num_classes=1000, smoothing=0.1), 2)
+        1.01
+    """
+    other = smoothing / num_classes
+    own = 1 - smoothing + other
+    return -own * math.log(own) - (num_classes - 1) * other * math.log(other or 1)
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vitmix.errors import InputError
+from vitmix.functional.targets import least_cross_entropy
 from vitmix.train.methods import (
     LABELS,
     MIXES,
@@ -36,15 +37,16 @@ class ModelFacts:
     depth: int
     tokens: int
     class_token: bool
+    least_loss: float
 
     @classmethod
-    def of(cls, model: nn.Module, img_size: int) -> ModelFacts:
-        """Read them off a model."""
+    def of(cls, model: nn.Module, img_size: int, least_loss: float) -> ModelFacts:
+        """Read them off a model; ``least_loss`` is what label smoothing leaves of any loss."""
         import vitmix
 
         backbone = vitmix.describe(model)
         height, width = backbone.grid((img_size, img_size))
-        return cls(backbone.depth, height * width, backbone.class_token)
+        return cls(backbone.depth, height * width, backbone.class_token, least_loss)
 
 
 def token_defaults(part: str, both: bool, facts: ModelFacts) -> dict[str, Any]:
@@ -53,7 +55,8 @@ def token_defaults(part: str, both: bool, facts: ModelFacts) -> dict[str, Any]:
     CCT-7 (7 blocks, 256 tokens): horizontal at block 2, or 3 together with vertical at block 2;
     tau 2.0, rho 0.005; kappa 80 alone, 3 together. Models with a class token (12 blocks, 196
     tokens): both at block 3, together at 3 and 4; tau 1.0, rho 0.01, kappa 3. Saliency sums to 1,
-    so rho goes with 1 / tokens.
+    so rho goes with 1 / tokens. The latter were published without label smoothing, so that tau
+    counts from the least loss that smoothing leaves: of 1,000 classes none would be below 1.0.
     """
     depth, last = facts.depth, facts.depth - 1
 
@@ -69,7 +72,7 @@ def token_defaults(part: str, both: bool, facts: ModelFacts) -> dict[str, Any]:
         return {"block": at(2 / 7), "kappa": min(max(1, kappa), facts.tokens)}
     if facts.class_token:
         return {
-            "block": at(3 / 12), "tau": 1.0, "rho": 0.01 * 196 / facts.tokens,
+            "block": at(3 / 12), "tau": 1.0 + facts.least_loss, "rho": 0.01 * 196 / facts.tokens,
             "stop_gradient": True, "scorenet_weight": 1.0,
         }  # fmt: skip
     return {
@@ -111,7 +114,7 @@ def build_mixing(
     labels = _make(LABELS[spec.labels.name], args, spec.labels.own)
     tokens = [
         _make(TOKENS[part.name], args, part.own)
-        for part, args in _token_settings(spec, config, model, img_size)
+        for part, args in _token_settings(spec, config, model, img_size, num_classes)
     ]
     _refuse_unused(spec, config)
     if config.linear_probe and tokens:
@@ -132,12 +135,12 @@ def build_mixing(
 
 
 def _token_settings(
-    spec: MethodSpec, config: TrainConfig, model: nn.Module, img_size: int
+    spec: MethodSpec, config: TrainConfig, model: nn.Module, img_size: int, num_classes: int
 ) -> list[tuple[Part, dict[str, Any]]]:
     """Arguments of each token stage: defaults, then the method file, then the command line."""
     if not spec.tokens:
         return []
-    facts = ModelFacts.of(model, img_size)
+    facts = ModelFacts.of(model, img_size, least_cross_entropy(num_classes, config.smoothing))
     names = {part.name for part in spec.tokens}
     both = {"horizontal", "vertical"} <= names
     chosen = []
