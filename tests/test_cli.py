@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,10 @@ import yaml
 from PIL import Image
 
 from vitmix.cli import COMMANDS, main
+from vitmix.evaluate.study import studies
 from vitmix.models import create_model, load_released
 from vitmix.train.checkpoint import load_trained
+from vitmix.train.methods import METHODS
 
 SMALL = ["--train-limit", "64", "--img-size", "16", "--batch-size", "32", "--epochs", "1",
          "--threads", "1", "--device", "cpu"]  # fmt: skip
@@ -41,6 +44,13 @@ def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -
     assert main([command, "--help"]) == 0
     out = capsys.readouterr().out
     assert f"example:\n  vitmix {command}" in out
+
+
+def test_help_names_the_methods_and_the_studies(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, names in (("train", METHODS), ("study", studies())):
+        assert main([command, "--help"]) == 0
+        words = re.split(r"[\s,()]+", capsys.readouterr().out)
+        assert {part for name in names for part in name.split("+")} <= set(words)
 
 
 def test_overview_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,6 +36,20 @@ def test_page_is_what_the_results_say(page: Any) -> None:
     assert set(pictures) == {path.name for path in page.IMAGES.glob("study-*.png")}
 
 
+def test_figures_quoted_elsewhere_are_those_of_the_page(page: Any) -> None:
+    cells = [line.strip("| ").split(" | ") for line in page.PAGE.read_text("utf-8").splitlines()]
+    rows = {(row[0], row[2], row[4], row[5].strip()) for row in cells if len(row) > 5}
+    quoted = re.findall(
+        r"^\| ([\w+-]+) \| (\d\S+ ± \S+) \| (\S+ ± \S+) \| ?(.*?) \|$",
+        (ROOT / "README.md").read_text("utf-8"), re.MULTILINE,
+    )  # fmt: skip
+    assert len(quoted) > 3
+    assert set(quoted) <= rows
+    accuracies = {row[1] for row in rows}
+    for file in (ROOT / "docs" / "methods").glob("*.md"):
+        assert set(re.findall(r"\d\d\.\d\d ± \d\.\d\d", file.read_text("utf-8"))) <= accuracies
+
+
 def test_every_stored_result_is_on_the_page(page: Any) -> None:
     """No file is left over from settings that a study has no more."""
     used = set()

@@ -181,8 +181,10 @@ def _configure_evaluate(parser: Parser) -> None:
         "further measures between commas, or all: calibration, occlusion, corruptions, fgsm, "
         "localisation; written to evaluation.json and evaluation.png",
     )  # fmt: skip
-    parser.add("--limit", int | None, None, "take them on so many test images, spread evenly")
-    parser.add("--out", str | None, None, "folder for them (default: that of the run)")
+    parser.add(
+        "--limit", int | None, None, "take the measures on so many test images, spread evenly"
+    )
+    parser.add("--out", str | None, None, "folder for their files (default: that of the run)")
 
 
 def _evaluate(options: Any) -> None:
@@ -264,7 +266,11 @@ METHOD_OPTIONS = ("method", "mix", "labels", "tokens")
 
 
 def _configure_study(parser: Parser) -> None:
-    parser.add("study", str, None, "name of a study that comes with vitmix, or a YAML file")
+    parser.add(
+        "study", str, None,
+        "digits, cifar10-few, cifar100-gpu, localisation, parts, combinations, sensitivity, or a "
+        "YAML file",
+    )  # fmt: skip
     _configure_cells(parser)
 
 
@@ -287,7 +293,9 @@ def _configure_cells(parser: Parser) -> None:
     )  # fmt: skip
     parser.add("--jobs", int, 1, "runs to train side by side, in processes of their own")
     parser.add("--measures", str | None, None, "of every run, as by vitmix evaluate; or all")
-    parser.add("--limit", int | None, None, "take them on so many test images, spread evenly")
+    parser.add(
+        "--limit", int | None, None, "take the measures on so many test images, spread evenly"
+    )
     parser.add_config(
         TrainConfig,
         leave_out=(*METHOD_OPTIONS, *REPLACED["mix"], "name", "overwrite"),

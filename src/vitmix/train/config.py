@@ -171,7 +171,11 @@ class TrainConfig:
     )
 
     method: str = option(
-        "Method", "none", "a method, several joined by +, or a YAML file with mix, labels, tokens"
+        "Method",
+        "none",
+        "none, mixup, cutmix, tokenmix, tokenmix-area, transmix, tl-align, manifold-mixup, "
+        "tokenmixup (both kinds), tokenmixup-h, tokenmixup-v, several joined by +, or a YAML file "
+        "with mix, labels, tokens",
     )
     mix: Stages | None = option(
         "Method",
@@ -188,14 +192,18 @@ class TrainConfig:
         "token stages instead of the method's: none, horizontal, vertical, manifold, with "
         "arguments as in [{name: horizontal, block: 2, rho: 0.005}, vertical]",
     )
-    mixup: float | None = option("Method", None, "Beta parameter of Mixup, which is added; 0: off")
+    mixup: float | None = option(
+        "Method", None, "Beta parameter of Mixup, added to the method; 0: off"
+    )
     cutmix: float | None = option("Method", None, "Beta parameter of CutMix, likewise")
-    mixup_prob: float | None = option("Method", None, "probability of mixing pixels at all")
+    mixup_prob: float | None = option(
+        "Method", None, "probability that pixels are mixed at all (default: 1)"
+    )
     mixup_switch_prob: float | None = option(
         "Method", None, "probability of the second of two pixel mixes (default: 0.5)"
     )
     mixup_mode: Literal["batch", "pair", "elem"] | None = option(
-        "Method", None, "what a draw of the pixel mix holds for (default: the batch)"
+        "Method", None, "what shares one draw of the pixel mix (default: the batch)"
     )
     alpha: float | None = option("Method", None, "Beta parameter of every pixel mix")
     tau: float | str | None = option(
@@ -210,8 +218,14 @@ class TrainConfig:
         "horizontal: least gain of saliency for a token; auto:0.3 keeps the share of replaced "
         "tokens in mixed samples at 30%%",
     )
-    kappa: int | None = option("Method", None, "vertical: tokens taken from each earlier block")
-    block: int | None = option("Method", None, "block of the token stage, counted from 0")
+    kappa: int | None = option(
+        "Method", None, "vertical: tokens taken from each earlier block (default: as published)"
+    )
+    block: int | None = option(
+        "Method",
+        None,
+        "block of the token stage, counted from 0 (default: as published, scaled to the depth)",
+    )
     vertical_block: int | None = option(
         "Method", None, "block of the vertical stage, when there are two"
     )
