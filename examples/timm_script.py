@@ -1,9 +1,9 @@
 """A script put together from timm's parts, as timm's own training script is. Four lines change.
 
-In timm's ``train.py`` the same four lines are: leave ``--mixup``, ``--cutmix`` and ``--smoothing``
-at 0; wrap the model behind ``create_model``; in ``train_one_epoch`` take ``model(input, target)``
-and its ``.loss()`` instead of ``loss_fn(output, target)``; give the averaged weights and the
-checkpoints ``model.model``.
+In timm's ``train.py`` the same four lines are: leave ``--mixup`` and ``--cutmix`` at 0
+(``--smoothing`` is then a part of ``loss_fn``, which is not used); wrap the model behind
+``create_model``; in ``train_one_epoch`` take ``model(input, target)`` and its ``.loss()`` instead
+of ``loss_fn(output, target)``; give the averaged weights and the checkpoints ``model.model``.
 
 Run it: ``python examples/timm_script.py``.
 """

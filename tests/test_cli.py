@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 from vitmix.cli import COMMANDS, main
+from vitmix.evaluate import figures, preview
 from vitmix.evaluate.study import studies
 from vitmix.models import create_model, load_released
 from vitmix.train.checkpoint import load_trained
@@ -51,6 +52,18 @@ def test_help_names_the_methods_and_the_studies(capsys: pytest.CaptureFixture[st
         assert main([command, "--help"]) == 0
         words = re.split(r"[\s,()]+", capsys.readouterr().out)
         assert {part for name in names for part in name.split("+")} <= set(words)
+
+
+@pytest.mark.parametrize(
+    ("command", "size"), [("preview", preview.BATCH), ("figure", figures.BATCH)]
+)
+def test_help_has_the_commands_own_defaults(
+    command: str, size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"images a step, of all processes together [{size}]" in out
+    assert ("[digits]" in out) == (command == "preview")  # a figure takes the data of its run
 
 
 def test_overview_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:

@@ -420,8 +420,10 @@ def _configure_preview(parser: Parser) -> None:
     parser.add(
         "--checkpoint", str | None, None, "run folder or checkpoint: its model, data and method"
     )
-    parser.add("--samples", int, 3, "samples to show, of a batch of --batch-size (16)")
-    parser.add_config(TrainConfig, only=PREVIEW_OPTIONS, base=settings_under)
+    parser.add("--samples", int, 3, "samples to show, of a batch of --batch-size")
+    parser.add_config(
+        TrainConfig, only=PREVIEW_OPTIONS, base=settings_under, instead={"batch_size": 16}
+    )
 
 
 def _preview(options: Any) -> None:
@@ -439,10 +441,14 @@ def _configure_figure(parser: Parser) -> None:
     from vitmix.train.config import LOOK_OPTIONS, TrainConfig
 
     parser.add("kind", str, None, "saliency, mixing, fluctuation or difficulty")
-    parser.add("run", str, None, "run folder (its last.ckpt) or a checkpoint file")
+    parser.add(
+        "run", str, None,
+        "run folder (its last.ckpt) or a checkpoint file; its settings hold where none are given",
+    )  # fmt: skip
     parser.add("--out", str | None, None, "file to write: *.png, *.pdf or *.svg [KIND.png]")
     parser.add("--block", int | None, None, "saliency: the block (default: that of the method)")
-    parser.add_config(TrainConfig, only=LOOK_OPTIONS)
+    of_the_run = dict.fromkeys(("data", "data_root", "crop_pct", "interpolation", "seed"))
+    parser.add_config(TrainConfig, only=LOOK_OPTIONS, instead={**of_the_run, "batch_size": 64})
 
 
 def _figure(options: Any) -> None:

@@ -105,6 +105,7 @@ class Parser:
         leave_out: tuple[str, ...] = (),
         only: tuple[str, ...] | None = None,
         base: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        instead: Mapping[str, Any] | None = None,
     ) -> None:
         """Add ``--config`` and every field of a dataclass made of ``option`` fields.
 
@@ -115,6 +116,7 @@ class Parser:
             leave_out: fields that are no options of this command.
             only: the fields that are; all by default.
             base: gives the defaults of what the user chose.
+            instead: defaults that the command itself puts in place of the dataclass's.
         """
         self.base = base
         self.parser.add_argument(
@@ -127,7 +129,7 @@ class Parser:
                 self.add(
                     "--" + field.name.replace("_", "-"),
                     hints[field.name],
-                    field.default,
+                    {field.name: field.default, **(instead or {})}[field.name],
                     field.metadata["help"],
                     field.metadata["group"],
                     field.metadata["count"],
