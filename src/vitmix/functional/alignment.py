@@ -104,7 +104,14 @@ def attend_with_shares(
         scale: factor on the products; ``1 / sqrt(d)`` by default.
 
     Returns:
-        Output ``(B, H, N, e)``, with gradient, and attended shares ``(B, N, K)``, without.
+        Output ``(B, H, N, e)``, with gradient, and attended shares ``(B, N, K)``, without. The
+        residual half of :func:`align_shares` is not in them.
+
+    Example:
+        >>> query, shares = torch.zeros(1, 1, 2, 4), torch.eye(2)[None]
+        >>> attend_with_shares(query, query, query, shares)[1]
+        tensor([[[0.5000, 0.5000],
+                 [0.5000, 0.5000]]])
     """
     width, extra = max(value.shape[-1], query.shape[-1]), shares.shape[-1]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -167,5 +174,17 @@ def _landed(attended: Tensor, centre: Tensor) -> Tensor:
 
 
 def pooled_shares(shares: Tensor, weights: Tensor) -> Tensor:
-    """Shares ``(B, N, K)`` under pooling weights ``(B, N)``: ``(B, K)``."""
+    """Shares of what a model pools from its tokens (TL-Align: the label that the target is).
+
+    Args:
+        shares: ``(B, N, K)``.
+        weights: ``(B, N)`` weight of each token in the pooling.
+
+    Returns:
+        ``(B, K)``.
+
+    Example:
+        >>> pooled_shares(torch.eye(2)[None], torch.tensor([[0.75, 0.25]]))
+        tensor([[0.7500, 0.2500]])
+    """
     return (shares * weights.to(shares.dtype)[..., None]).sum(1)

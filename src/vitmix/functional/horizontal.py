@@ -40,7 +40,7 @@ def horizontal_plan(
     """Decide pairs, tokens and label weights of horizontal mixing (TokenMixup, Eq. 8, 9 and 11).
 
     The released code takes every mask against the saliency of the first easy sample; here each is
-    taken against the sample's own, as Eq. 9 says.
+    taken against the sample's own, as Eq. 9 says. ``replace`` is True where Eq. 9's mask is 0.
 
     Args:
         saliency: ``(B, N)``.
@@ -123,7 +123,14 @@ def apply_horizontal(
 
 
 def mix_tokens(tokens: Tensor, plan: HorizontalPlan, *, num_prefix_tokens: int = 0) -> Tensor:
-    """Replace tokens as planned (TokenMixup, Eq. 10); see :func:`apply_horizontal`."""
+    """Replace tokens as planned (TokenMixup, Eq. 10): the first half of :func:`apply_horizontal`.
+
+    Returns:
+        ``(B, num_prefix_tokens + N, D)``.
+
+    Raises:
+        InputError: tokens and plan don't fit.
+    """
     expected = (len(plan.partner), plan.replace.shape[1] + num_prefix_tokens)
     if tokens.shape[:2] != expected:
         raise InputError(
@@ -148,6 +155,14 @@ def mix_targets(targets: Tensor, partner: Tensor, own_weight: Tensor) -> Tensor:
         targets: ``(B, C)``.
         partner: ``(B,)`` int64.
         own_weight: ``(B,)``.
+
+    Returns:
+        ``(B, C)``.
+
+    Example:
+        >>> mix_targets(torch.eye(2), torch.tensor([1, 1]), torch.tensor([0.75, 1.0]))
+        tensor([[0.7500, 0.2500],
+                [0.0000, 1.0000]])
     """
     own = own_weight.to(targets.dtype)[:, None]
     return own * targets + (1 - own) * targets[partner]

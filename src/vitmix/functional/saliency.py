@@ -31,8 +31,9 @@ def attention_saliency(
     """Saliency of each token from one attention map (TokenMixup, Eq. 3).
 
     Heads are averaged first. Without prefix tokens a token's saliency is the attention that it gets
-    from all queries on average, so that a row sums to 1. With a class token it is what the class
-    token gives it; prefix columns are left out and the row is not normalised again.
+    from all queries on average, as in the paper, so that a row sums to 1. With a class token it is
+    what the class token gives it, as in the released code for ViT; prefix columns are left out and
+    the row is not normalised again.
 
     Args:
         attention: ``(B, H, N, N)``, after softmax over the last axis and before dropout.
@@ -100,6 +101,12 @@ def query_key_attention(
         key: ``(B, H, M, d)``.
         scale: factor on the products; ``1 / sqrt(d)`` by default.
         attn_mask: bool (True = attend) or additive, broadcastable to ``(B, H, N, M)``.
+
+    Example:
+        >>> query = torch.zeros(1, 1, 2, 4)
+        >>> query_key_attention(query, query)
+        tensor([[[[0.5000, 0.5000],
+                  [0.5000, 0.5000]]]])
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     with no_autocast(query):
@@ -156,6 +163,12 @@ def query_key_saliency(
 
     Returns:
         ``(B, num_keys - num_prefix_tokens)`` float32.
+
+    Example:
+        >>> query, key = torch.rand(1, 2, 5, 8), torch.rand(1, 2, 5, 8)
+        >>> whole = attention_saliency(query_key_attention(query, key), num_prefix_tokens=1)
+        >>> torch.allclose(query_key_saliency(query, key, num_prefix_tokens=1), whole)
+        True
     """
     batch, heads, tokens, _ = query.shape
     by_class_token = num_prefix_tokens > 0 and class_token

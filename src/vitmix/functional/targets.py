@@ -162,7 +162,12 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def soft_cross_entropy_per_sample(logits: Tensor, targets: Tensor) -> Tensor:
-    """:func:`soft_cross_entropy` before the mean: ``(B,)`` (difficulty, TokenMixup Eq. 1)."""
+    """:func:`soft_cross_entropy` before the mean: ``(B,)`` (difficulty, TokenMixup Eq. 1).
+
+    Example:
+        >>> soft_cross_entropy_per_sample(torch.zeros(2, 4), torch.eye(4)[:2])
+        tensor([1.3863, 1.3863])
+    """
     if logits.shape != targets.shape:
         raise InputError(
             "expected `logits` and `targets` of one shape (B, C), "

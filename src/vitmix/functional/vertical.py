@@ -22,6 +22,11 @@ def salient_indices(saliency: Tensor, kappa: int, *, num_prefix_tokens: int = 0)
 
     Raises:
         InputError: ``kappa`` out of range.
+
+    Example:
+        >>> import torch
+        >>> salient_indices(torch.tensor([[0.1, 0.2, 0.7]]), 2, num_prefix_tokens=1)
+        tensor([[3, 2]])
     """
     if not 1 <= kappa <= saliency.shape[1]:
         raise InputError(
