@@ -496,7 +496,7 @@ def _configure_bench(parser: Parser) -> None:
     parser.add("--data", str, "fake", "pipeline: data set, as --data of vitmix train")
     parser.add("--recipe", str, "cct7-cifar100", "pipeline: settings, see vitmix recipes")
     parser.add("--workers", int, 2, "pipeline: loading processes")
-    parser.add("--isolate", bool, True, "a process of its own for each comparison")
+    parser.add("--isolate", bool, True, "a process of its own for each comparison (default: true)")
     parser.add("--json", str | None, None, "write every number to this file")
     parser.add("--write", str | None, None, "renew the tables of this page: docs/benchmarks.md")
 
