@@ -14,8 +14,11 @@ import torch
 import vitmix
 from contract import METHODS, hooks
 from models import NUM_CLASSES, batch, make_vit
+from more_models import make_huggingface, make_torchvision
 
 pytest.importorskip("timm")
+pytest.importorskip("torchvision")
+pytest.importorskip("transformers")
 
 
 def build(method: str, checkpointed: bool, **options: Any) -> vitmix.MixingModel:
@@ -248,6 +251,44 @@ def test_a_step_that_is_thrown_away_leaves_nothing() -> None:
     mixing.detach()
     assert hooks(mixing.model) == 0
     assert math.isfinite(float(kept.loss().detach()))
+
+
+WRAPPED: dict[str, tuple[Callable[[], Any], str]] = {
+    "timm": (make_vit, "Block"),
+    "torchvision": (make_torchvision, "EncoderBlock"),
+    "torchvision-attention": (make_torchvision, "MultiheadAttention"),
+    "torchvision-encoder": (make_torchvision, "Encoder"),
+    "transformers": (lambda: make_huggingface("ViT"), "ViTLayer"),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_wrappers_that_checkpoint(name: str) -> None:
+    """Of torch, around any module: models that know no checkpointing themselves have it so."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+        apply_activation_checkpointing as wrap,
+    )
+
+    make, kind = WRAPPED[name]
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = make()
+        if checkpointed:
+            wrap(model, check_fn=lambda part: type(part).__name__ == kind)
+        mixing = vitmix.MixingModel(
+            model,
+            mix=vitmix.CutMix(),
+            labels=vitmix.TokenAlignedLabels(),
+            tokens=[vitmix.HorizontalTokenMixup(1, tau=5.0), vitmix.VerticalTokenMixup(2, kappa=2)],
+            num_classes=NUM_CLASSES,
+            generator=torch.Generator().manual_seed(0),
+        ).train()
+        mixing(*batch()).loss().backward()
+        assert hooks(model) == 0
+        found.append([parameter.grad for parameter in model.parameters()])
+    for expected, observed in zip(*found, strict=True):
+        torch.testing.assert_close(observed, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_the_reentrant_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

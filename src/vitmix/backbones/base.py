@@ -48,6 +48,11 @@ GIVEN = (
     "know what later blocks are given"
 )
 
+_CHECKPOINTED = (
+    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
+    "CheckpointWrapper",
+)
+
 
 def is_made_by(model: object, module: str, name: str) -> bool:
     """Whether a model is of the class ``module.name``, without importing a library.
@@ -365,13 +370,21 @@ class Backbone:
                     )
 
     def within(self, model: nn.Module) -> Backbone:
-        """The same, with the modules of the model that lie around and between its blocks."""
+        """The same, with the modules of the model that lie around and between its blocks.
+
+        Activations are recomputed, too, where torch's CheckpointWrapper is around some module.
+        """
         blocks = {block.module for block in self.blocks}
         around = [part for part in model.modules() if not blocks.isdisjoint(part.modules())]
         parts = dict.fromkeys(
             child for part in around if part not in blocks for child in part.children()
         )
-        return replace(self, parts=tuple(part for part in parts if part not in blocks))
+        wrapped = any(is_made_by(part, *_CHECKPOINTED) for part in model.modules())
+        return replace(
+            self,
+            parts=tuple(part for part in parts if part not in blocks),
+            recomputes=_always if wrapped else self.recomputes,
+        )
 
     def pool_shares(self, shares: Tensor, scores: Tensor | None = None) -> Tensor:
         """Shares of the representation that the classifier sees.
@@ -396,3 +409,7 @@ class Backbone:
         if scores is None:
             raise InputError(f"expected pooling scores for {self.pooling} pooling, got none")
         return pooled_shares(shares, scores.detach().float().squeeze(-1).softmax(1))
+
+
+def _always() -> bool:
+    return True

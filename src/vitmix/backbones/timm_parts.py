@@ -40,6 +40,7 @@ def blocks_of(family: str, blocks: Any) -> tuple[Block, ...]:
 
 
 def _block(family: str, index: int, block: Any) -> Block:
+    block = getattr(block, "_checkpoint_wrapped_module", block)
     kind = type(block).__name__
     attention = type(getattr(block, "attn", None)).__name__
     if attention == "DiffAttention" or kind == "DiffParallelScalingBlock":
