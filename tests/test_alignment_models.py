@@ -128,7 +128,7 @@ def brute_force(
         return labels.mean(1)
     if backbone.pooling == "class_and_average":
         return (labels[:, 0] + labels[:, prefix:].mean(1)) / 2
-    if backbone.pooling == "attention":
+    if backbone.pooling in ("attention", "attention_all"):
         return (labels[:, -recorder.pool.shape[1] :] * recorder.pool[..., None]).sum(1)
     assert recorder.scores is not None
     return (labels * recorder.scores.detach().softmax(1)).sum(1)
@@ -185,8 +185,11 @@ def test_attention_labels_equal_explicit_attention(family: str) -> None:
     recorder.close()
     prefix = mixing.backbone.num_prefix_tokens
     last = recorder.attention[mixing.backbone.depth - 1].mean(1)
-    by_class_token = prefix and mixing.backbone.pooling != "average"
-    row = last[:, 0, prefix:] if by_class_token else last[:, prefix:, prefix:].mean(1)
+    row = (
+        last[:, 0, prefix:]
+        if mixing.backbone.reads_class_token
+        else last[:, prefix:, prefix:].mean(1)
+    )
     row = row / row.sum(1, keepdim=True)
     own = (row * out.trace.pixels.own.flatten(1)).sum(1)
     torch.testing.assert_close(out.trace.weights[:, 0], own, atol=1e-6, rtol=0)

@@ -32,7 +32,7 @@ pytest.importorskip("torchvision")
 EXPECTED = {
     "eva-rope": ("class_token", 3, True),
     "eva-mixed-rope": ("average", 0, False),
-    "eva-post-norm": ("attention", 1, True),
+    "eva-post-norm": ("attention_all", 1, True),
     "hf-deit": ("class_token", 2, True),
     "hf-deit-teacher": ("distilled", 2, True),
     "hf-beit": ("average", 1, True),
@@ -82,6 +82,14 @@ def test_a_class_token_without_use_is_not_read(family: str, reads: bool, pool: s
         assert asked.tokens[0].scorenet.pool == "class_token"
 
 
+@pytest.mark.parametrize("every", [True, False])
+def test_a_query_that_pools_may_leave_the_class_token_out(every: bool) -> None:
+    model: Any = make_vit(global_pool="map", pool_include_prefix=every)
+    backbone = vitmix.describe(model)
+    assert backbone.pooling == ("attention_all" if every else "attention")
+    assert backbone.reads_class_token is every
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
 def test_described_pooling_is_what_reaches_the_logits(family: str) -> None:
     """The tokens with a gradient are those that the description pools."""
@@ -108,7 +116,8 @@ def test_described_pooling_is_what_reaches_the_logits(family: str) -> None:
         "average_all": set(range(tokens)),
         "class_and_average": {0} | images,
         "sequence": images,
-        "attention": set(range(tokens)) if getattr(model, "pool_include_prefix", True) else images,
+        "attention": images,
+        "attention_all": set(range(tokens)),
     }
     assert reached == expected[backbone.pooling]
 

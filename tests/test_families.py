@@ -69,7 +69,7 @@ def test_fused_attention_stays_on(family: str) -> None:
         mixing(images, targets)
     assert sum(plain.counts.values()) >= mixing.backbone.depth
     # Reads its one row of attention, or makes weights of the scores.
-    pools = mixing.backbone.pooling in ("attention", "sequence")
+    pools = mixing.backbone.pooling in ("attention", "attention_all", "sequence")
     more = mixed.counts.pop("_softmax", 0) - plain.counts.pop("_softmax", 0)
     assert 0 <= more <= pools
     assert mixed.counts.pop("square", 0) <= plain.counts.pop("square", 0)

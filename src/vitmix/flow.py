@@ -477,7 +477,8 @@ class Flow:
 
     @property
     def _pools_by_attention(self) -> bool:
-        return self.follow_shares and self.backbone.pooling in ("attention", "class_attention")
+        kinds = ("attention", "attention_all", "class_attention")
+        return self.follow_shares and self.backbone.pooling in kinds
 
     @torch.no_grad()
     def _pool(self, attention: Tensor) -> None:
@@ -531,8 +532,8 @@ class Flow:
                 f"{self.backbone.family} in order, found {self._passed}"
             )
         scored = self.backbone.pool_scores is None or self._scores is not None
-        expected = {"attention": 1, "class_attention": self.backbone.class_layers}
-        pooled = self._pools == expected.get(self.backbone.pooling, 0)
+        queries = self.backbone.class_layers or 1
+        pooled = self._pools == (queries if self._pools_by_attention else 0)
         if self.follow_shares and not (scored and pooled):
             raise UnsupportedModelError(
                 f"looked for the {self.backbone.pooling} pooling of {self.backbone.family}, "

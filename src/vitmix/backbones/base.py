@@ -38,6 +38,7 @@ Pooling = Literal[
     "class_and_average",
     "sequence",
     "attention",
+    "attention_all",
     "class_attention",
 ]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
@@ -161,9 +162,9 @@ class Backbone:
             mean of class and ``"distilled"`` tokens; the ``"average"`` of image tokens or of all
             (``"average_all"``); ``"class_and_average"``: the class token beside the average of
             image tokens (DINOv2), whose shares count half each; ``"sequence"``: softmax weights
-            from ``pool_scores`` (CCT); ``"attention"``: a learned query that attends to the tokens;
-            ``"class_attention"``: a class token that joins behind the blocks and attends to the
-            tokens in layers of its own.
+            from ``pool_scores`` (CCT); a learned query that attends to image tokens
+            (``"attention"``) or to all (``"attention_all"``); ``"class_attention"``: a class token
+            that joins behind the blocks and attends to the tokens in layers of its own.
         grid: token grid ``(h, w)`` at the first block, of an input of ``(height, width)`` pixels.
         patch: height and width in pixels of a patch, where the model leaves out what an image has
             beyond whole ones; None if it does not.
@@ -268,7 +269,7 @@ class Backbone:
     @property
     def reads_class_token(self) -> bool:
         """Whether there is a class token, and the classifier is given what became of it."""
-        return self.class_token and self.pooling != "average"
+        return self.class_token and self.pooling not in ("average", "attention")
 
     def width(self, index: int) -> int:
         """Channels of a token at a block."""

@@ -112,7 +112,8 @@ def pooling_of(model: Any) -> tuple[Pooling, Reason]:
         if type(attention_pool).__name__ == "AttentionPoolLatent" and (
             attention_pool.latent_len == 1
         ):
-            return "attention", None
+            every = getattr(model, "pool_include_prefix", True)
+            return ("attention_all" if every else "attention"), None
         return "average", (
             f"pooling by {type(attention_pool).__name__}, which is not one learned query; "
             "use global_pool='token', 'avg' or 'map'"
