@@ -13,6 +13,7 @@ from home_made import FromEncoder, FromPairs, HandWritten, InStages
 from models import NUM_CLASSES, SIZE, batch, make_vit
 from more_models import BACKBONES, MORE_FAMILIES
 from recorders import CallRecorder
+from staged_models import STAGED, images_for
 from test_mixing import hooks, horizontal
 from test_staged import brute_force
 
@@ -39,14 +40,19 @@ def by_hand(**options: Any) -> vitmix.Backbone:
         ({"embed_dim": 0}, "`embed_dim` of at least 1"),
         ({"grid": (4,)}, r"rows, columns.*got \(4,\)"),
         ({"grid": (4, 0)}, r"got \(4, 0\)"),
+        ({"grid": 4}, "rows, columns.*got 4"),
         ({"pooling": "best"}, "got 'best'"),
         ({"pooling": "distilled"}, "at least 2"),
         ({"pooling": "class_token", "class_token": False}, "class token"),
         ({"pooling": "sequence"}, "`pool_scores`"),
+        ({"pool_scores": nn.Linear(32, 1)}, "`pool_scores`.*got pooling 'class_token'"),
+        ({"pooling": "class_attention"}, "`class_layers`"),
+        ({"class_layers": 2}, "`class_layers`.*got pooling 'class_token' and 2"),
         ({"num_prefix_tokens": 0, "class_token": True}, "`num_prefix_tokens` of at least 1"),
         ({"num_prefix_tokens": -1}, "at least 0"),
         ({"blocks": []}, "at least one"),
         ({"blocks": ["layers.0"]}, "got str at 0"),
+        ({"blocks": nn.Linear(32, 32)}, "got one Linear"),
         ({"blocks": None}, "expected `blocks`"),
     ],
 )
@@ -149,6 +155,65 @@ def test_a_pooling_by_hand_refuses_aligned_labels() -> None:
             num_classes=NUM_CLASSES,
             backbone=backbone,
         )
+
+
+class ScoredTokens(nn.Module):
+    """Sequence pooling of image tokens alone, beside a class token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit: Any = make_vit(depth=2)
+        self.score = nn.Linear(32, 1)
+        self.head = nn.Linear(32, NUM_CLASSES)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        tokens = self.vit.forward_features(images)[:, 1:]
+        return self.head((self.score(tokens).softmax(1) * tokens).sum(1))
+
+
+def test_scores_of_image_tokens_alone() -> None:
+    torch.manual_seed(0)
+    model = ScoredTokens()
+    backbone = vitmix.describe(
+        model, list(model.vit.blocks), grid=(4, 4), embed_dim=32, num_prefix_tokens=1,
+        pooling="sequence", pool_scores=model.score,
+    )  # fmt: skip
+    mixing = vitmix.MixingModel(
+        model,
+        mix=vitmix.CutMix(),
+        labels=vitmix.TokenAlignedLabels(),
+        num_classes=NUM_CLASSES,
+        backbone=backbone,
+    ).train()
+    found: list[torch.Tensor] = []
+    model.score.register_forward_hook(lambda module, args, output: found.append(output.detach()))
+    out = mixing(*batch(), record=True)
+    _, mixture = out.trace.record.history[-1]
+    expected = (mixture.shares[:, 1:] * found[0].softmax(1)).sum(1)
+    torch.testing.assert_close(out.trace.weights, expected)
+
+
+def test_class_attention_by_hand() -> None:
+    """Labels are those of the model's own description."""
+    cait: Any = STAGED["cait"].make()
+    layers = [vitmix.Block(block, block.norm1, block.attn) for block in cait.blocks]
+    known = vitmix.describe(cait)
+    by_hand = vitmix.describe(
+        cait, layers, grid=known.grid, embed_dim=known.width(0),
+        pooling="class_attention", class_layers=len(cait.blocks_token_only),
+    )  # fmt: skip
+    targets = []
+    for backbone in (known, by_hand):
+        mixing = vitmix.MixingModel(
+            cait,
+            mix=vitmix.CutMix(),
+            labels=vitmix.TokenAlignedLabels(),
+            num_classes=NUM_CLASSES,
+            backbone=backbone,
+            generator=torch.Generator().manual_seed(0),
+        )
+        targets.append(mixing.train()(*images_for("cait")).targets)
+    assert torch.equal(*targets)
 
 
 @pytest.mark.parametrize(

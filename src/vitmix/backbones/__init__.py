@@ -67,6 +67,7 @@ def describe(
     class_token: bool | None = None,
     pooling: Pooling | None = None,
     pool_scores: nn.Module | None = None,
+    class_layers: int = 0,
     recomputes: Callable[[], bool] | None = None,
     alignment_reason: Reason = None,
     vertical_reason: Reason = None,
@@ -97,7 +98,10 @@ def describe(
         class_token: whether the first of them is a class token; yes if there are any by default.
         pooling: see :class:`vitmix.Backbone`; by default the class token, else the average of image
             tokens.
-        pool_scores: for pooling ``"sequence"``: the module that gives a score a token.
+        pool_scores: for pooling ``"sequence"``: the module that gives a score a token, prefix
+            tokens aside or not.
+        class_layers: for pooling ``"class_attention"``: number of layers behind the blocks in which
+            a class token attends to itself and the others.
         recomputes: whether activations are recomputed in the backward pass just now.
         alignment_reason: why shares cannot be followed to the output, if they can't: a pooling that
             is no weighted mean of tokens.
@@ -139,13 +143,18 @@ def describe(
             class_token=class_token,
             pooling=pooling,
             pool_scores=pool_scores,
+            class_layers=class_layers,
             recomputes=recomputes,
             alignment_reason=alignment_reason,
             vertical_reason=vertical_reason,
         ).within(model)
     given = (grid, embed_dim, class_token, pooling, pool_scores, recomputes)
     reasons = (alignment_reason, vertical_reason)
-    if num_prefix_tokens or any(argument is not None for argument in (*given, *reasons)):
+    if (
+        num_prefix_tokens
+        or class_layers
+        or any(argument is not None for argument in (*given, *reasons))
+    ):
         raise InputError(
             "expected `blocks` with arguments that describe a model by hand, got none; "
             "a model of a known family is described by itself"

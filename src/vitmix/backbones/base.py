@@ -168,7 +168,8 @@ class Backbone:
         grid: token grid ``(h, w)`` at the first block, of an input of ``(height, width)`` pixels.
         patch: height and width in pixels of a patch, where the model leaves out what an image has
             beyond whole ones; None if it does not.
-        pool_scores: for ``"sequence"``: module that gives one score ``(B, N, 1)`` a token.
+        pool_scores: for ``"sequence"``: module that gives one score ``(B, N, 1)`` a token, of all
+            tokens or those behind the prefix.
         class_layers: for ``"class_attention"``: number of those layers.
         recomputes: whether activations are recomputed in the backward pass just now.
         parts: modules around and between blocks, which may be where recomputation begins.
@@ -392,7 +393,7 @@ class Backbone:
 
         Args:
             shares: ``(B, T, K)`` of the tokens after the last block.
-            scores: ``(B, T, 1)`` of ``pool_scores``, for sequence pooling.
+            scores: ``(B, N, 1)`` of ``pool_scores``, for sequence pooling.
 
         Returns:
             ``(B, K)``.
@@ -409,7 +410,8 @@ class Backbone:
             return (shares[:, 0] + shares[:, self.num_prefix_tokens :].mean(1)) / 2
         if scores is None:
             raise InputError(f"expected pooling scores for {self.pooling} pooling, got none")
-        return pooled_shares(shares, scores.detach().float().squeeze(-1).softmax(1))
+        weights = scores.detach().float().squeeze(-1).softmax(1)
+        return pooled_shares(shares[:, shares.shape[1] - weights.shape[1] :], weights)
 
 
 def _always() -> bool:

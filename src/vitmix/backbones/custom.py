@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,7 @@ def describe_by_hand(
     class_token: bool | None,
     pooling: Pooling | None,
     pool_scores: nn.Module | None,
+    class_layers: int,
     recomputes: Callable[[], bool] | None,
     alignment_reason: Reason,
     vertical_reason: Reason,
@@ -53,7 +54,12 @@ def describe_by_hand(
             "expected `num_prefix_tokens` of at least 1 with a class token, got 0: the class token "
             "is one of them"
         )
-    pooling = _pooling(pooling, first, num_prefix_tokens, pool_scores)
+    pooling = _pooling(pooling, first, num_prefix_tokens, pool_scores, class_layers)
+    if not isinstance(blocks, Iterable):
+        raise InputError(
+            f"expected `blocks` as modules in order, got one {type(blocks).__name__}; give its "
+            "layers"
+        )
     described = tuple(_block(index, block) for index, block in enumerate(blocks))
     placed = any(block.reach is not None or block.layout != "tokens" for block in described)
     if placed and num_prefix_tokens:
@@ -70,6 +76,7 @@ def describe_by_hand(
         pooling=pooling,
         grid=grid if callable(grid) else partial(_fixed, _checked(grid)),
         pool_scores=pool_scores,
+        class_layers=class_layers,
         recomputes=bool if recomputes is None else recomputes,
         alignment_reason=alignment_reason,
         vertical_reason=PLACED if placed and vertical_reason is None else vertical_reason,
@@ -124,10 +131,14 @@ def _require_tokens(index: int, block: Block) -> None:
 
 
 def _pooling(
-    pooling: Pooling | None, class_token: bool, prefix: int, scores: nn.Module | None
+    pooling: Pooling | None,
+    class_token: bool,
+    prefix: int,
+    scores: nn.Module | None,
+    class_layers: int,
 ) -> Pooling:
     if pooling is None:
-        return "class_token" if class_token else "average"
+        pooling = "class_token" if class_token else "average"
     if pooling not in POOLINGS:
         raise InputError(f"expected `pooling` as one of {', '.join(POOLINGS)}, got {pooling!r}")
     needed = {"class_token": 1, "class_and_average": 1, "distilled": 2}.get(pooling, 0)
@@ -141,11 +152,16 @@ def _pooling(
             "expected `pool_scores`, the module that scores tokens, with pooling 'sequence' and "
             f"only then, got pooling {pooling!r} and pool_scores={scores}"
         )
+    if (pooling == "class_attention") != (class_layers > 0):
+        raise InputError(
+            "expected `class_layers`, in which a class token attends to the others, with pooling "
+            f"'class_attention' and only then, got pooling {pooling!r} and {class_layers}"
+        )
     return pooling
 
 
 def _checked(grid: Any) -> tuple[int, int]:
-    sizes = tuple(grid)
+    sizes = tuple(grid) if isinstance(grid, Sequence) else ()
     if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise InputError(f"expected `grid` as (rows, columns) of image tokens, got {grid}")
     return sizes
