@@ -388,6 +388,28 @@ def test_weights_of_a_named_teacher(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert vitmix.TeacherMaps(tmp_path / "maps").facts["teacher"].startswith("cct_2_3x2_32 ")
 
 
+def test_a_teacher_of_the_hub_is_what_its_own_file_says(tmp_path: Path) -> None:
+    """Classes and normalisation are not those of the architecture's weights in timm."""
+    from timm.models import save_for_hf
+
+    from vitmix.models import create_model
+    from vitmix.train.data import pretrained_statistics
+    from vitmix.train.teachers import find_teacher
+
+    options = {"embed_dim": 24, "depth": 1, "num_heads": 2, "patch_size": 8, "img_size": 16}
+    network: Any = create_model("vit_tiny_patch16_224", num_classes=3, **options)
+    facts = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "input_size": (3, 16, 16)}
+    save_for_hf(network, tmp_path, model_args=options, data_config=facts)
+    name = f"local-dir:{tmp_path}"
+    with pytest.raises(vitmix.InputError, match="knows 3 other classes"):
+        find_teacher(tuple("abcd"), "letters", model=name)
+    teacher = find_teacher(tuple("abc"), "letters", model=name)
+    assert torch.equal(teacher.model.state_dict()["head.weight"], network.head.weight)
+    assert (teacher.side, teacher.mean, teacher.std) == (16, facts["mean"], facts["std"])
+    known = pretrained_statistics(TrainConfig(model=name, pretrained=True))
+    assert known == (facts["mean"], facts["std"])
+
+
 def test_a_named_teacher_sees_images_as_in_its_own_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -13,7 +13,15 @@ from vitmix.models.cct import CCT, cct_names, cct_side
 from vitmix.models.cct import cct as _cct
 from vitmix.models.released import LoadedWeights, load_released
 
-__all__ = ["CCT", "LoadedWeights", "cct_names", "create_model", "input_side", "load_released"]
+__all__ = [
+    "CCT",
+    "LoadedWeights",
+    "cct_names",
+    "create_model",
+    "input_side",
+    "load_released",
+    "pretrained_facts",
+]
 
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 
@@ -75,14 +83,23 @@ def input_side(name: str) -> int:
     """
     if name in cct_names():
         return cct_side(name)
+    facts = pretrained_facts(name)
+    return 224 if facts is None else int(facts.input_size[-1])
+
+
+def pretrained_facts(name: str) -> Any:
+    """What timm knows of a model's weights: classes, image size, mean, std; None if nothing.
+
+    Args:
+        name: as `create_model` takes it.
+    """
     import timm
 
     if name.startswith(_HUB_PREFIXES):
         with torch.device("meta"):
             model: Any = timm.create_model(name)
-        return int(model.pretrained_cfg["input_size"][-1])
-    facts: Any = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    return 224 if facts is None else int(facts.input_size[-1])
+        return timm.models.PretrainedCfg(**model.pretrained_cfg)
+    return timm.get_pretrained_cfg(name) if timm.is_model(name) else None
 
 
 def _create_timm(

@@ -13,6 +13,7 @@ import torch
 
 from vitmix.errors import InputError
 from vitmix.maps import TeacherMaps
+from vitmix.models import pretrained_facts
 from vitmix.train.decoding import (
     DECODE_ERRORS,
     CorruptImageError,
@@ -97,9 +98,7 @@ def pretrained_statistics(config: TrainConfig) -> tuple[tuple[float, ...], ...] 
     """Mean and standard deviation that the model's pretrained weights were trained with."""
     if not config.pretrained:
         return None
-    import timm
-
-    facts = timm.get_pretrained_cfg(config.model) if timm.is_model(config.model) else None
+    facts = pretrained_facts(config.model)
     return None if facts is None else (tuple(facts.mean), tuple(facts.std))
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from vitmix.errors import InputError
-from vitmix.models import cct_names, create_model, input_side
+from vitmix.models import cct_names, create_model, input_side, pretrained_facts
 from vitmix.train.checkpoint import load_trained
 from vitmix.train.data import IMAGENET_MEAN, IMAGENET_STD
 from vitmix.weights import read_weights
@@ -67,11 +67,7 @@ def find_teacher(
         return Teacher(checkpoint, trained.model, trained.img_size, trained.mean, trained.std)
     assert model is not None
     own = model in cct_names()
-    facts: Any = None
-    if not own:
-        import timm
-
-        facts = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
+    facts = None if own else pretrained_facts(model)
     known = None if facts is None else facts.num_classes
     if checkpoint is None and (own or (known is not None and known != len(classes))):
         what = "comes without weights" if own else f"knows {known} other classes"
