@@ -225,6 +225,14 @@ def test_pixel_stages_see_the_patches_of_models_run_otherwise(wrap: Any) -> None
     assert mixing.backbone.grid((SIZE, SIZE)) == cells
 
 
+def test_pixel_stages_see_what_a_compiled_model_sees() -> None:
+    """DINOv2 leaves out what an image has beyond whole patches."""
+    model = MORE_FAMILIES["hf-dinov2"]()
+    mixing = vitmix.MixingModel(torch.compile(model), mix=vitmix.CutMix(), num_classes=NUM_CLASSES)
+    assert mixing.backbone.seen((SIZE + 3, SIZE)) == (SIZE, SIZE)
+    assert not mixing.backbone.is_readable
+
+
 class Adapted(nn.Module):
     """Names what it wraps as models of PEFT do."""
 

@@ -7,6 +7,7 @@ process has not imported cannot be what the model is made of.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -176,13 +177,16 @@ def describe(
 def describe_pixels(model: nn.Module) -> Backbone:
     """Describe a model whose tokens nobody will look at.
 
-    A model that :func:`describe` refuses gets a description without blocks. Its cells, for masks of
-    tokens, are its patches where timm made them, those of the model that it runs (compiled, or in
-    parallel), else of 16 x 16 pixels.
+    A model that :func:`describe` refuses gets a description without blocks: that of the model
+    that it runs (compiled, or in parallel), if it is of another. Its cells, for masks of tokens,
+    are its patches where timm made them, else of 16 x 16 pixels.
     """
     try:
         return describe(model)
     except UnsupportedModelError:
+        inner = unsupported.wrapped(model)
+        if inner is not None:
+            return replace(describe_pixels(inner), blocks=())
         return Backbone(
             family=type(model).__name__,
             blocks=(),
@@ -195,9 +199,6 @@ def describe_pixels(model: nn.Module) -> Backbone:
 
 
 def _cells(model: Any) -> Callable[[tuple[int, int]], tuple[int, int]]:
-    inner = unsupported.wrapped(model)
-    if inner is not None:
-        return describe_pixels(inner).grid
     patch_embed = getattr(model, "patch_embed", None)
     if is_made_by(patch_embed, "timm.layers.patch_embed", "PatchEmbed"):
         return grid_of(patch_embed)
