@@ -253,8 +253,29 @@ class Adapted(nn.Module):
     ],
 )
 def test_wrapped_models_are_refused_with_what_to_give(wrap: Any, words: str) -> None:
-    with pytest.raises(vitmix.UnsupportedModelError, match=words):
+    with pytest.raises(vitmix.UnsupportedModelError, match=words) as caught:
         vitmix.describe(wrap(FAMILIES["vit"]()))
+    assert "`backbone`" not in str(caught.value)
+
+
+def test_a_part_that_is_known_is_named_and_can_be_described() -> None:
+    """As behind a layer that normalises images."""
+    vit = FAMILIES["vit"]()
+    whole = nn.Sequential(nn.Identity(), vit)
+    with pytest.raises(vitmix.UnsupportedModelError, match="'1' is a timm VisionTransformer"):
+        vitmix.describe(whole)
+    targets = []
+    for model in (vit, whole):
+        mixing = vitmix.MixingModel(
+            model,
+            mix=vitmix.CutMix(),
+            labels=vitmix.TokenAlignedLabels(),
+            num_classes=NUM_CLASSES,
+            backbone=vitmix.describe(vit),
+            generator=torch.Generator().manual_seed(0),
+        )
+        targets.append(mixing.train()(*batch()).targets)
+    assert torch.equal(*targets)
 
 
 def test_no_library_is_imported() -> None:

@@ -160,26 +160,47 @@ def describe(
             "expected `blocks` with arguments that describe a model by hand, got none; "
             "a model of a known family is described by itself"
         )
+    backbone = _known(model)
+    if backbone is not None:
+        return backbone.within(model)
     inner = _inside(model)
-    for family in _FAMILIES:
-        backbone = family.describe(inner)
-        if backbone is not None:
-            return backbone.within(model)
-    kind = type(inner)
+    kind, why = type(inner), unsupported.explain(inner)
+    part = "" if why else _part(inner)
     raise UnsupportedModelError(
         f"looked for one of: {'; '.join(family.LOOKS_FOR for family in _FAMILIES)}; or `blocks` "
-        f"given to vitmix.describe. Found {kind.__module__}.{kind.__qualname__}"
-        f"{unsupported.explain(inner)} with children "
-        f"{[name for name, _ in inner.named_children()]}. The model was not changed."
+        f"given to vitmix.describe. Found {kind.__module__}.{kind.__qualname__}{why} with children "
+        f"{[name for name, _ in inner.named_children()]}{part}. The model was not changed."
     )
+
+
+def _known(model: nn.Module) -> Backbone | None:
+    """The description of a model of a known family; None for any other."""
+    inner = _inside(model)
+    found = (family.describe(inner) for family in _FAMILIES)
+    return next((backbone for backbone in found if backbone is not None), None)
+
+
+def _part(model: nn.Module) -> str:
+    """What to do with the first part of a model that is of a known family; empty if none is."""
+    for name, part in model.named_modules():
+        try:
+            backbone = _known(part)
+        except UnsupportedModelError:
+            continue
+        if backbone is not None:
+            return (
+                f", of which {name!r} is a {backbone.family}: if its tokens are pooled as it does "
+                "itself, give `backbone`, what vitmix.describe finds in that part, to MixingModel"
+            )
+    return ""
 
 
 def describe_pixels(model: nn.Module) -> Backbone:
     """Describe a model whose tokens nobody will look at.
 
-    A model that :func:`describe` refuses gets a description without blocks: that of the model
-    that it runs (compiled, or in parallel), if it is of another. Its cells, for masks of tokens,
-    are its patches where timm made them, else of 16 x 16 pixels.
+    A model that :func:`describe` refuses is described without blocks. One that runs another
+    (compiled, or in parallel) has the cells of that one, for masks of tokens; any other has its
+    patches where timm made them, else cells of 16 x 16 pixels.
     """
     try:
         return describe(model)
