@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from vitmix.backbones.base import GIVEN, Backbone, Block, Pooling, Reason, is_made_by
+from vitmix.backbones.grids import whole_patches
 from vitmix.errors import UnsupportedModelError
 
 __all__ = ["LOOKS_FOR", "describe", "known_version", "recomputation", "unreadable"]
@@ -116,7 +117,7 @@ def _describe(name: str, layout: _Layout, model: Any) -> Backbone:
         num_prefix_tokens=layout.prefix + int(getattr(config, "num_register_tokens", 0)),
         class_token=layout.prefix > 0,
         pooling=pooling,
-        grid=partial(_grid, patch),
+        grid=partial(whole_patches, patch),
         patch=patch,
         recomputes=recomputation(model),
         vertical_reason=_position(config),
@@ -183,7 +184,3 @@ def _position(config: Any) -> Reason:
                 "has no place in the image to take a bias for"
             )
     return None
-
-
-def _grid(patch: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    return size[0] // patch[0], size[1] // patch[1]

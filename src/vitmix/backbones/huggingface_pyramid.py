@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from vitmix.backbones.base import Backbone, Block, is_made_by
+from vitmix.backbones.grids import behind
 from vitmix.backbones.huggingface import known_version, recomputation, unreadable
 from vitmix.backbones.staged import REDUCED, pooled
 from vitmix.functional.grids import Grid
@@ -69,25 +70,11 @@ def _describe(name: str, model: Any, stages: Any, names: _Names) -> Backbone:
         num_prefix_tokens=0,
         class_token=False,
         pooling="average",
-        grid=partial(_grid, embeddings[0]),
+        grid=partial(behind, embeddings[0]),
         recomputes=recomputation(model),
         vertical_reason=REDUCED,
         attention_reason=unreadable(model.config),
     )
-
-
-def _grid(convolution: Any, size: tuple[int, int]) -> Grid:
-    rows, columns = (
-        (side + 2 * padding - kernel) // stride + 1
-        for side, padding, kernel, stride in zip(
-            size,
-            convolution.padding,
-            convolution.kernel_size,
-            convolution.stride,
-            strict=True,
-        )
-    )
-    return rows, columns
 
 
 def _reach(attention: Any, side: int) -> partial[Reach] | None:

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from vitmix.backbones.base import Block, Pooling, Reason
+from vitmix.backbones.grids import whole_patches
 from vitmix.errors import UnsupportedModelError
 
 __all__ = [
@@ -15,7 +16,6 @@ __all__ = [
     "grid_of",
     "patch_of",
     "pooling_of",
-    "whole_patches",
 ]
 
 ROTARY = (
@@ -96,11 +96,6 @@ def patch_of(patch_embed: Any) -> tuple[int, int] | None:
         return None
     rows, columns = patch_embed.patch_size
     return rows, columns
-
-
-def whole_patches(patch: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """Token grid of an input size: patches beside one another, what is left over cut off."""
-    return size[0] // patch[0], size[1] // patch[1]
 
 
 def pooling_of(model: Any) -> tuple[Pooling, Reason]:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from vitmix.backbones.base import GIVEN, Backbone, Reason, is_made_by
+from vitmix.backbones.grids import whole_patches
 from vitmix.backbones.timm_parts import (
     ROTARY,
     blocks_of,
@@ -20,7 +21,6 @@ from vitmix.backbones.timm_parts import (
     grid_of,
     patch_of,
     pooling_of,
-    whole_patches,
 )
 
 __all__ = ["LOOKS_FOR", "describe"]

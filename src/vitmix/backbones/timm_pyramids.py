@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from vitmix.backbones.base import Backbone, Block, Layout, Reason
+from vitmix.backbones.grids import behind
 from vitmix.backbones.staged import (
     BIASED,
     MAPPED,
@@ -44,18 +45,7 @@ def _pit(module: Any) -> Block | None:
 
 
 def _convolution_grid(model: Any) -> partial[Grid]:
-    return partial(_behind, model.patch_embed.conv)
-
-
-def _behind(convolution: Any, size: tuple[int, int]) -> Grid:
-    """Sizes behind an unpadded convolution."""
-    rows, columns = (
-        (side - kernel) // stride + 1
-        for side, kernel, stride in zip(
-            size, convolution.kernel_size, convolution.stride, strict=True
-        )
-    )
-    return rows, columns
+    return partial(behind, model.patch_embed.conv)
 
 
 def _levit(module: Any) -> Block | None:

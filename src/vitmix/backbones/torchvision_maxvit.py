@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from vitmix.backbones.base import Backbone, Block, is_made_by
-from vitmix.backbones.staged import WINDOWED
+from vitmix.backbones.staged import WINDOWED, reduce_by
 from vitmix.functional.grids import Grid
 from vitmix.functional.reach import Reach, windows
 
@@ -35,7 +35,8 @@ def describe(model: nn.Module) -> Backbone | None:
         num_prefix_tokens=0,
         class_token=False,
         pooling="average",
-        grid=_grid,
+        # The stem halves the image, and the first convolution of every stage its grid.
+        grid=partial(reduce_by, stride=4),
         vertical_reason=WINDOWED,
     )
 
@@ -51,11 +52,6 @@ def _block(part: Any, level: int) -> Block:
         width=attention.n_heads * attention.head_dim,
         reach=partial(_reach, part),
     )
-
-
-def _grid(size: tuple[int, int]) -> Grid:
-    """The stem halves the image, and the first convolution of every stage its grid."""
-    return -(-size[0] // 4), -(-size[1] // 4)
 
 
 def _reach(part: Any, grid: Grid) -> Reach:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from vitmix.backbones.base import Backbone, Block, is_made_by
+from vitmix.backbones.grids import whole_patches
 from vitmix.backbones.staged import WINDOWED
 from vitmix.functional.grids import Grid
 from vitmix.functional.reach import Reach, windows
@@ -45,17 +46,13 @@ def describe(model: nn.Module) -> Backbone | None:
         num_prefix_tokens=0,
         class_token=False,
         pooling="average",
-        grid=partial(_grid, convolution.stride),
+        grid=partial(whole_patches, convolution.stride),
         vertical_reason=WINDOWED,
     )
 
 
 def _norm_last(block: nn.Module) -> bool:
     return is_made_by(block, _MODULE, "SwinTransformerBlockV2")
-
-
-def _grid(patch: tuple[int, int], size: tuple[int, int]) -> Grid:
-    return size[0] // patch[0], size[1] // patch[1]
 
 
 def _reach(attention: Any, grid: Grid) -> Reach:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from vitmix.backbones.base import Backbone, Block, is_made_by
+from vitmix.backbones.grids import whole_patches
 
 __all__ = ["LOOKS_FOR", "describe"]
 
@@ -29,9 +30,5 @@ def describe(model: nn.Module) -> Backbone | None:
         num_prefix_tokens=1,
         class_token=True,
         pooling="class_token",
-        grid=partial(_grid, int(vit.patch_size)),
+        grid=partial(whole_patches, (vit.patch_size, vit.patch_size)),
     )
-
-
-def _grid(patch: int, size: tuple[int, int]) -> tuple[int, int]:
-    return size[0] // patch, size[1] // patch

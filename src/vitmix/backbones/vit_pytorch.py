@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from vitmix.backbones.base import Backbone, Block, Pooling, is_made_by
+from vitmix.backbones.grids import behind, whole_patches
 from vitmix.functional.grids import Grid
 
 __all__ = ["LOOKS_FOR", "describe"]
@@ -40,12 +41,8 @@ def _vit(family: str, vit: Any) -> Backbone:
         num_prefix_tokens=prefix,
         class_token=prefix > 0,
         pooling=pooling,
-        grid=partial(_patches, (sides["p1"], sides["p2"])),
+        grid=partial(whole_patches, (sides["p1"], sides["p2"])),
     )
-
-
-def _patches(patch: tuple[int, int], size: tuple[int, int]) -> Grid:
-    return size[0] // patch[0], size[1] // patch[1]
 
 
 def _cct(cct: Any) -> Backbone:
@@ -66,16 +63,7 @@ def _cct(cct: Any) -> Backbone:
 
 
 def _convolved(tokenizer: nn.Module, size: tuple[int, int]) -> Grid:
-    rows, columns = size
     for part in tokenizer.modules():
         if isinstance(part, nn.Conv2d | nn.MaxPool2d):
-            rows, columns = (_length(part, axis, side) for axis, side in enumerate((rows, columns)))
-    return rows, columns
-
-
-def _length(part: nn.Conv2d | nn.MaxPool2d, axis: int, side: int) -> int:
-    kernel, stride, padding = (
-        option[axis] if isinstance(option, tuple) else int(option)
-        for option in (part.kernel_size, part.stride, part.padding)
-    )
-    return int(side + 2 * padding - kernel) // stride + 1
+            size = behind(part, size)
+    return size
