@@ -271,10 +271,10 @@ def test_wrappers_that_checkpoint(name: str) -> None:
 
     make, kind = WRAPPED[name]
     found = []
-    for checkpointed in (False, True):
+    for checkpointed in ("no", "before", "after"):
         torch.manual_seed(0)
         model = make()
-        if checkpointed:
+        if checkpointed == "before":
             wrap(model, check_fn=lambda part: type(part).__name__ == kind)
         mixing = vitmix.MixingModel(
             model,
@@ -284,11 +284,14 @@ def test_wrappers_that_checkpoint(name: str) -> None:
             num_classes=NUM_CLASSES,
             generator=torch.Generator().manual_seed(0),
         ).train()
+        if checkpointed == "after":
+            wrap(model, check_fn=lambda part: type(part).__name__ == kind)
         mixing(*batch()).loss().backward()
         assert hooks(model) == 0
         found.append([parameter.grad for parameter in model.parameters()])
-    for expected, observed in zip(*found, strict=True):
-        torch.testing.assert_close(observed, expected, atol=1e-6, rtol=1e-5)
+    for expected, *observed in zip(*found, strict=True):
+        for gradient in observed:
+            torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_the_reentrant_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, Protocol, get_args
 
 from torch import Tensor, nn
@@ -49,10 +50,7 @@ GIVEN = (
     "know what later blocks are given"
 )
 
-_CHECKPOINTED = (
-    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
-    "CheckpointWrapper",
-)
+_CHECKPOINTS = "torch.distributed.algorithms._checkpoint.checkpoint_wrapper"
 
 
 def is_made_by(model: object, module: str, name: str) -> bool:
@@ -374,18 +372,17 @@ class Backbone:
     def within(self, model: nn.Module) -> Backbone:
         """The same, with the modules of the model that lie around and between its blocks.
 
-        Activations are recomputed, too, where torch's CheckpointWrapper is around some module.
+        Activations are recomputed, too, while torch's CheckpointWrapper is around some module.
         """
         blocks = {block.module for block in self.blocks}
         around = [part for part in model.modules() if not blocks.isdisjoint(part.modules())]
         parts = dict.fromkeys(
             child for part in around if part not in blocks for child in part.children()
         )
-        wrapped = any(is_made_by(part, *_CHECKPOINTED) for part in model.modules())
         return replace(
             self,
             parts=tuple(part for part in parts if part not in blocks),
-            recomputes=_always if wrapped else self.recomputes,
+            recomputes=partial(_recomputes, model, self.recomputes),
         )
 
     def pool_shares(self, shares: Tensor, scores: Tensor | None = None) -> Tensor:
@@ -414,5 +411,7 @@ class Backbone:
         return pooled_shares(shares[:, shares.shape[1] - weights.shape[1] :], weights)
 
 
-def _always() -> bool:
-    return True
+def _recomputes(model: nn.Module, own: Callable[[], bool]) -> bool:
+    kind = getattr(sys.modules.get(_CHECKPOINTS), "CheckpointWrapper", None)
+    wrapped = kind is not None and any(isinstance(part, kind) for part in model.modules())
+    return wrapped or own()
