@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import vitmix
-from models import FAMILIES, NUM_CLASSES, SIZE, batch, make_cct
+from models import FAMILIES, NUM_CLASSES, SIZE, batch, make_cct, make_vit
 from more_models import MORE_FAMILIES, logits_of, unsettle
 from staged_models import STAGED
 
@@ -170,13 +171,34 @@ def test_features_that_the_classifier_does_not_see_are_refused(name: str) -> Non
     assert not any(module._forward_hooks for module in teacher.modules())
 
 
+class Prepared(nn.Module):
+    """A teacher for larger images that are normalised otherwise."""
+
+    def __init__(self, vit: nn.Module) -> None:
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.vit(nn.functional.interpolate((images - 0.5) / 0.25, scale_factor=2))
+
+
+def test_a_teacher_may_prepare_its_images() -> None:
+    torch.manual_seed(0)
+    vit = make_vit(img_size=2 * SIZE)
+    images, classes = batch(3)
+    prepared = nn.functional.interpolate((images - 0.5) / 0.25, scale_factor=2)
+    found = vitmix.ActivationMaps(Prepared(vit))(images, classes)
+    assert found.shape == (3, 8, 8)
+    assert torch.equal(found, vitmix.ActivationMaps(vit)(prepared, classes))
+
+
 def test_tokens_of_another_grid_are_refused() -> None:
     """A grid that changes between calls is not cut out of the tokens that are there."""
     maps = vitmix.ActivationMaps(FAMILIES["vit-dynamic-size"]())
     images, classes = batch(2)
     maps(images, classes)
     assert maps(images[:, :, :16], classes).shape == (2, 2, 4)
-    maps._tokens = vitmix.teacher._Tokens(1, lambda size: (3, 4))
+    maps._tokens = dataclasses.replace(maps._tokens, grid=lambda size: (3, 4))
     maps._source = (maps._source[0], maps._tokens.places, None)
     with pytest.raises(vitmix.UnsupportedModelError, match="3 x 4 tokens"):
         maps(images, classes)

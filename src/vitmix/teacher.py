@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vitmix.backbones import Backbone, describe
+from vitmix.backbones import Backbone, known_part
 from vitmix.compilation import uncompiled
 from vitmix.errors import InputError, UnsupportedModelError
 from vitmix.functional.grids import Grid
@@ -56,6 +56,7 @@ class ActivationMaps:
         self.teacher = teacher
         self.classifiers = _classifiers(teacher)
         self._tokens = _token_grid(teacher)
+        self._part = teacher if self._tokens is None else self._tokens.part
         self._source: tuple[nn.Module, _Reading, nn.Module | None] | None = None
 
     def __repr__(self) -> str:
@@ -91,18 +92,23 @@ class ActivationMaps:
 
     def _features(self, images: Tensor) -> Tensor:
         """Last features ``(B, D, h, w)``."""
-        size = (int(images.shape[2]), int(images.shape[3]))
         if self._source is None:
             with no_autocast(images):
-                self._source = self._find(images[:1], size)
+                self._source = self._find(images[:1])
         module, reading, norm = self._source
-        calls, _ = _watched(self.teacher, [module], images)
-        return reading(calls[module].result, size, norm)
+        calls, _ = _watched(self.teacher, {module, self._part}, images)
+        return reading(calls[module].result, self._size(calls, images), norm)
 
-    def _find(self, images: Tensor, size: Grid) -> tuple[nn.Module, _Reading, nn.Module | None]:
+    def _size(self, calls: dict[nn.Module, _Call], images: Tensor) -> Grid:
+        """Height and width of what the part with the tokens is given: a teacher may resize."""
+        given = calls[self._part].given if self._part in calls else images
+        return int(given.shape[2]), int(given.shape[3])
+
+    def _find(self, images: Tensor) -> tuple[nn.Module, _Reading, nn.Module | None]:
         """The module that gives the last features, and how they are read off its result."""
         calls, logits = _watched(self.teacher, self.teacher.modules(), images)
         name, width = type(self.teacher).__name__, self.classifiers[0].in_features
+        size = self._size(calls, images)
         heads = [calls[layer] for layer in self.classifiers if layer in calls]
         if not heads or not _same(torch.stack([head.result for head in heads]).mean(0), logits):
             raise UnsupportedModelError(
@@ -146,12 +152,14 @@ class _Tokens:
     Attributes:
         prefix: tokens in front that stand for no image region.
         grid: rows and columns of the others, row by row, for images of a size.
+        part: the teacher, or the part of it that is given these images.
         order: which token of the grid is at each place, or None.
         scores: module that gives the scores ``(B, T, 1)`` of sequence pooling, or None.
     """
 
     prefix: int
     grid: Callable[[Grid], Grid]
+    part: nn.Module
     order: Tensor | None = None
     scores: nn.Module | None = None
 
@@ -221,17 +229,19 @@ def _classifiers(teacher: Any) -> list[nn.Linear]:
 
 def _token_grid(teacher: Any) -> _Tokens | None:
     """Where the last tokens of a transformer lie, if that is known."""
-    try:
-        backbone = describe(getattr(teacher, "_orig_mod", teacher))
-    except UnsupportedModelError:
+    found = known_part(teacher)
+    if found is None:
         patches: Any = getattr(teacher, "patch_embed", None)
         if not hasattr(patches, "dynamic_feat_size"):
             return None
-        return _Tokens(int(getattr(teacher, "num_prefix_tokens", 0)), patches.dynamic_feat_size)
+        prefix = int(getattr(teacher, "num_prefix_tokens", 0))
+        return _Tokens(prefix, patches.dynamic_feat_size, teacher)
+    name, backbone = found
     # A class token that joins behind the blocks is in front of the others in the end.
     prefix = backbone.num_prefix_tokens + (backbone.pooling == "class_attention")
     grid = partial(_last_grid, backbone)
-    return _Tokens(prefix, grid, backbone.blocks[-1].order, backbone.pool_scores)
+    part, order = teacher.get_submodule(name), backbone.blocks[-1].order
+    return _Tokens(prefix, grid, part, order, backbone.pool_scores)
 
 
 def _last_grid(backbone: Backbone, size: Grid) -> Grid:

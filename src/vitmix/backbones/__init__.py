@@ -36,7 +36,7 @@ from vitmix.backbones.custom import Grid, describe_by_hand
 from vitmix.backbones.timm_parts import grid_of
 from vitmix.errors import InputError, UnsupportedModelError
 
-__all__ = ["Backbone", "Block", "describe", "describe_pixels"]
+__all__ = ["Backbone", "Block", "describe", "describe_pixels", "known_part"]
 
 _FAMILIES: tuple[Family, ...] = (
     cct,
@@ -165,11 +165,11 @@ def describe(
         return backbone.within(model)
     inner = _inside(model)
     kind, why = type(inner), unsupported.explain(inner)
-    part = "" if why else _part(inner)
+    hint = "" if why else _hint(inner)
     raise UnsupportedModelError(
         f"looked for one of: {'; '.join(family.LOOKS_FOR for family in _FAMILIES)}; or `blocks` "
         f"given to vitmix.describe. Found {kind.__module__}.{kind.__qualname__}{why} with children "
-        f"{[name for name, _ in inner.named_children()]}{part}. The model was not changed."
+        f"{[name for name, _ in inner.named_children()]}{hint}. The model was not changed."
     )
 
 
@@ -180,19 +180,27 @@ def _known(model: nn.Module) -> Backbone | None:
     return next((backbone for backbone in found if backbone is not None), None)
 
 
-def _part(model: nn.Module) -> str:
-    """What to do with the first part of a model that is of a known family; empty if none is."""
+def known_part(model: nn.Module) -> tuple[str, Backbone] | None:
+    """Name and description of a model, or of its first part, of a known family; None if none is."""
     for name, part in model.named_modules():
         try:
             backbone = _known(part)
         except UnsupportedModelError:
             continue
         if backbone is not None:
-            return (
-                f", of which {name!r} is a {backbone.family}: if its tokens are pooled as it does "
-                "itself, give `backbone`, what vitmix.describe finds in that part, to MixingModel"
-            )
-    return ""
+            return name, backbone
+    return None
+
+
+def _hint(model: nn.Module) -> str:
+    """What to do with a part that is of a known family; empty if none is."""
+    found = known_part(model)
+    if found is None:
+        return ""
+    return (
+        f", of which {found[0]!r} is a {found[1].family}: if its tokens are pooled as it does "
+        "itself, give `backbone`, what vitmix.describe finds in that part, to MixingModel"
+    )
 
 
 def describe_pixels(model: nn.Module) -> Backbone:
