@@ -219,6 +219,20 @@ def test_shared_and_strided_weights(tmp_path: Path) -> None:
         assert torch.equal(found[name], value)
 
 
+class WithState(nn.Linear):
+    """Keeps more than tensors in its state, as quantised layers do."""
+
+    def get_extra_state(self) -> str:
+        return "int8"
+
+
+def test_states_that_are_no_tensors_are_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(WithState(3, 2))
+    with pytest.raises(vitmix.InputError, match=r"under 0\._extra_state"):
+        vitmix.weights.write_weights(model, tmp_path / "w.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_paths_that_do_not_fit(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     cct = vitmix.MixingModel(make_cct(), num_classes=NUM_CLASSES)

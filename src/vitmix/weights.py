@@ -153,7 +153,8 @@ def write_weights(
         The path.
 
     Raises:
-        InputError: a path that does not fit, or weights spread over processes.
+        InputError: a path that does not fit, weights spread over processes, or a
+            state of more than tensors.
         UnsupportedModelError: no classifier is known to be left out.
     """
     path = Path(path)
@@ -170,6 +171,12 @@ def write_weights(
     if not path.parent.is_dir():
         raise InputError(f"expected a path in a folder that exists, there is no {path.parent}")
     state = model.state_dict()
+    foreign = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if foreign and not is_folder:
+        raise InputError(
+            f"expected tensors alone among the weights of a {type(model).__name__}, got something "
+            f"else under {listed(foreign)}"
+        )
     if any(hasattr(value, "full_tensor") for value in state.values()):
         raise InputError(
             "expected a model whose weights this process holds, got one whose weights are spread "
