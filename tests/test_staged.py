@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import vitmix
-from contract import hooks, horizontal
+from contract import hooks, horizontal, images_of
 from models import NUM_CLASSES
-from more_models import logits_of, unsettle
+from more_models import MORE_FAMILIES, logits_of, unsettle
 from recorders import CallRecorder
 from staged_models import STAGED, images_for, make_maxxvit
 from test_families import Kernels
@@ -425,6 +425,21 @@ def test_looking_ahead_leaves_running_statistics(saliency: str) -> None:
     counts = [b for name, b in mixing.named_buffers() if name.endswith("num_batches_tracked")]
     assert counts
     assert all(count == 1 for count in counts)
+
+
+@pytest.mark.parametrize("family", ["efficientvit", "parallel-attentions"])
+def test_saliency_of_a_block_is_the_mean_of_its_attentions(family: str) -> None:
+    """A look ahead at the tokens of a block finds what is read while they pass."""
+    torch.manual_seed(0)
+    model = STAGED[family].make() if family in STAGED else MORE_FAMILIES[family]()
+    unsettle(model)
+    assert vitmix.describe(model).blocks[0].attentions == 2
+    stage = vitmix.HorizontalTokenMixup(block=0, tau=-1.0)  # mixes nothing
+    labels = vitmix.AttentionLabels(block=0)
+    mixing = vitmix.MixingModel(model, labels=labels, tokens=stage, num_classes=NUM_CLASSES)
+    trace = mixing.train()(*images_of(family), record=True).trace
+    assert trace.record is not None
+    torch.testing.assert_close(trace.saliency[0], trace.record.evidence.attention)
 
 
 def test_two_attentions_side_by_side_are_refused() -> None:

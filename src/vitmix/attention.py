@@ -168,13 +168,9 @@ class AttentionTap(TorchFunctionMode):
 class _Stop(Exception):  # noqa: N818 - control flow, not an error
     """Ends a forward pass that has shown what was wanted."""
 
-    def __init__(self, found: AttentionCall | Tensor) -> None:
-        super().__init__()
-        self.found = found
 
-
-def read_query_key(block: Block, tokens: Tensor, run: Run) -> AttentionCall | Tensor:
-    """Run a block up to its attention and no further.
+def read_query_key(block: Block, tokens: Tensor, run: Run) -> list[AttentionCall | Tensor]:
+    """Run a block up to its last attention and no further.
 
     Args:
         block: transformer block.
@@ -182,26 +178,30 @@ def read_query_key(block: Block, tokens: Tensor, run: Run) -> AttentionCall | Te
         run: runs the block on tokens as the model does, without the block's own hooks.
 
     Returns:
-        The fused call, or the attention map ``(B', H, T, T)`` of a hand-written attention.
+        Of each attention the fused call, or the map ``(B', H, T, T)`` of a hand-written one.
 
     Raises:
-        UnsupportedModelError: the block ran to its end without attention.
+        UnsupportedModelError: the block ran to its end with fewer.
     """
+    found: list[AttentionCall | Tensor] = []
 
-    def stop(found: AttentionCall | Tensor) -> Tensor:
-        raise _Stop(found)
+    def note(seen: AttentionCall | Tensor) -> None:
+        found.append(seen)
+        if len(found) == block.attentions:
+            raise _Stop
 
-    def stop_at_map(found: Tensor) -> None:
-        raise _Stop(found)
+    def fused(call: AttentionCall) -> Tensor:
+        note(call)
+        return call.run()
 
     try:
-        with AttentionTap(stop, stop_at_map, block=lambda: block):
+        with AttentionTap(fused, note, block=lambda: block):
             run(block.module, tokens)
-    except _Stop as stopped:
-        return stopped.found
+    except _Stop:
+        return found
     raise UnsupportedModelError(
-        "looked for scaled_dot_product_attention or a softmax over (B, H, N, N) in "
-        f"{type(block.module).__name__}, found neither"
+        f"looked for {block.attentions} scaled_dot_product_attention or softmax over (B, H, N, N) "
+        f"in {type(block.module).__name__}, found {len(found)}"
     )
 
 

@@ -365,7 +365,8 @@ class Flow:
             reach = self._reaches[index]
             if steps == 0:
                 with aside(modules, tokens.device):
-                    return self._saliency_of(read_query_key(ahead[0], tokens, run), reach)
+                    found = read_query_key(ahead[0], tokens, run)
+                    return torch.stack([self._saliency_of(each, reach) for each in found]).mean(0)
             _, _, args, kwargs = run.args
             if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
                 raise UnsupportedModelError(
