@@ -202,6 +202,7 @@ BAD: list[tuple[str, Callable[[], object], str]] = [
     ("mix kind", lambda: make_with([], mix="cutmix"), "mix"),
     ("labels kind", lambda: make_with([], labels="area"), "labels"),
     ("tokens kind", lambda: make_with(["htm"]), "tokens"),
+    ("stage without a deed", lambda: make_with([vitmix.TokenStage()]), "TokenMixer or Vertical"),
     ("no list of tokens", lambda: make_with(None), "tokens"),
     ("class token", lambda: make_with([horizontal(pool="class_token")]), "class token"),
     ("one block", lambda: make_with([horizontal(), horizontal(tau=1.0)]), "two .* at block 1"),
@@ -264,9 +265,10 @@ def test_wrong_number_of_classes() -> None:
         mixing(batch()[0], torch.zeros(6, dtype=torch.long))
 
 
-def test_a_single_stage() -> None:
+def test_a_single_stage_and_an_iterator_of_stages() -> None:
     expected = make_with([horizontal()]).tokens
     assert repr(make_with(horizontal()).tokens) == repr(expected)
+    assert repr(make_with(iter([horizontal()])).tokens) == repr(expected)
 
 
 def test_stages_are_of_floating_point_beside_quantised_weights() -> None:

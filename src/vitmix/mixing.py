@@ -117,7 +117,7 @@ class MixingModel(nn.Module):
         model: nn.Module,
         mix: PixelMix | None = None,
         labels: LabelRule | None = None,
-        tokens: Sequence[TokenStage] | TokenStage = (),
+        tokens: Iterable[TokenStage] | TokenStage = (),
         *,
         num_classes: int,
         label_smoothing: float = 0.0,
@@ -129,6 +129,7 @@ class MixingModel(nn.Module):
         if isinstance(tokens, TokenStage):
             tokens = (tokens,)
         _require_kind("tokens", tokens, (Iterable,))
+        tokens = tuple(tokens)
         _require_kind("mix", mix, (PixelMix, type(None)))
         _require_kind("labels", labels, (LabelRule,))
         if num_classes < 2:
@@ -141,7 +142,7 @@ class MixingModel(nn.Module):
             backbone = describe_pixels(model) if only_pixels else describe(model)
         backbone.require_part_of(model)
         for stage in tokens:
-            _require_kind("tokens", stage, (TokenStage,))
+            _require_kind("tokens", stage, (TokenMixer, VerticalTokenMixup))
             for block in stage.blocks:
                 backbone.require_block(f"`block` of {type(stage).__name__}", block)
             if isinstance(stage, VerticalTokenMixup) and backbone.vertical_reason:
