@@ -275,6 +275,16 @@ def test_an_empty_map_falls_back_to_the_area() -> None:
     torch.testing.assert_close(out.trace.weights[:, 0], out.trace.pixels.lam)
 
 
+@pytest.mark.parametrize("shape", [(6, 1, 4, 4), (1, 4, 4)])
+def test_maps_of_another_shape(shape: tuple[int, ...]) -> None:
+    labels = vitmix.TeacherLabels(lambda images, classes: torch.rand(shape))
+    mixing = vitmix.MixingModel(
+        make_cct(), mix=vitmix.CutMix(), labels=labels, num_classes=NUM_CLASSES
+    )
+    with pytest.raises(vitmix.InputError, match=r"maps \(6, h, w\)"):
+        mixing.train()(*batch())
+
+
 def test_a_teacher_is_not_part_of_the_model() -> None:
     teacher = make_cct()
     labels = vitmix.TeacherLabels(teacher)

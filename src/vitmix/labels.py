@@ -225,6 +225,11 @@ class TeacherLabels(LabelRule):
         """``(B, h, w)`` maps of the images before mixing."""
         if not self.needs_maps:
             maps: Tensor = self.maps(evidence.images, evidence.classes)
+            if maps.ndim != 3 or len(maps) != len(evidence.images):
+                raise InputError(
+                    f"expected maps ({len(evidence.images)}, h, w) from the teacher, "
+                    f"got {tuple(maps.shape)}"
+                )
             return maps
         if evidence.maps is None:
             raise InputError("expected maps of the images as evidence, got none")
