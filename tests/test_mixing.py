@@ -197,6 +197,7 @@ BAD: list[tuple[str, Callable[[], object], str]] = [
     ("pairing", lambda: vitmix.CutMix(pairing="best"), "pairing"),
     ("mask", lambda: vitmix.TokenMix(mask="star"), "mask"),
     ("one of none", lambda: vitmix.OneOf([]), "mixer"),
+    ("one of classes", lambda: vitmix.OneOf([vitmix.Mixup]), "as PixelMix"),
     ("smoothing", lambda: make_with([], label_smoothing=1.0), "label_smoothing"),
     ("classes", lambda: make_with([], num_classes=1), "num_classes"),
     ("mix kind", lambda: make_with([], mix="cutmix"), "mix"),

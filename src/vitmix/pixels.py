@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vitmix.errors import InputError
 from vitmix.functional.draws import host_generator
+from vitmix.functional.grids import on_pixels
 from vitmix.functional.masks import block_mask, box_mask, random_mask
 from vitmix.functional.pixel_plan import PixelPlan, Size
 
@@ -300,7 +301,7 @@ class OneOf(PixelMix):
         pairing: ``"permutation"`` or ``"flip"``; see :class:`PixelMix`.
 
     Raises:
-        InputError: no mixers, or weights that don't fit them.
+        InputError: no mixers, another kind of object, or weights that don't fit them.
 
     Example:
         >>> mix = OneOf([Mixup(0.8), CutMix(1.0)], weights=[0.5, 0.5])
@@ -317,6 +318,9 @@ class OneOf(PixelMix):
         pairing: Pairing = "permutation",
     ) -> None:
         super().__init__(1.0, prob, draw, pairing)
+        for mixer in mixers:
+            if not isinstance(mixer, PixelMix):
+                raise InputError(f"expected `mixers` as PixelMix, got {mixer!r}")
         weights = [1.0] * len(mixers) if weights is None else list(weights)
         if not mixers or len(weights) != len(mixers):
             raise InputError(
@@ -344,9 +348,7 @@ class OneOf(PixelMix):
             rows = np.flatnonzero((chosen == index) & mixed)
             if len(rows):
                 shares, cut = mixer.own_shares(len(rows), size, grid, rng)
-                vertical = np.arange(size[0]) * shares.shape[1] // size[0]
-                horizontal = np.arange(size[1]) * shares.shape[2] // size[1]
-                own[rows] = shares[:, vertical][:, :, horizontal]
+                own[rows] = on_pixels(torch.from_numpy(shares), size).numpy()
                 binary &= cut
         return own, binary
 
