@@ -294,10 +294,11 @@ def test_wrappers_that_checkpoint(name: str) -> None:
             torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-5)
 
 
-def test_the_reentrant_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["horizontal", "horizontal-gradient"])
+def test_the_reentrant_kind_is_refused(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.utils.checkpoint import checkpoint
 
-    mixing = build("horizontal", True)
+    mixing = build(method, True)
     model: Any = mixing.model
 
     def reentrant(blocks: Any, x: torch.Tensor) -> torch.Tensor:

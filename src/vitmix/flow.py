@@ -43,6 +43,7 @@ from vitmix.replay import (
     Replay,
     add_to_tokens,
     first_tokens,
+    require_graph,
     tokens_of,
     unseen_by_checkpoint,
 )
@@ -247,7 +248,7 @@ class Flow:
         self._appended = torch.cat([shares for _, shares in parts], 1)
         extra = torch.cat([tokens.to(own.dtype) for tokens, _ in parts], 1)
         if self.recomputes:
-            _require_graph()
+            require_graph()
             record = self._records[self._index]
             record.extra, record.extended = _without_graph(extra), TensorWeakRef(own)
         return (torch.cat((own, extra), 1), *args[1:])
@@ -306,7 +307,7 @@ class Flow:
 
     def _record(self, index: int, tokens: Tensor) -> None:
         """Remember a block's input for the second pass."""
-        _require_graph()
+        require_graph()
         self._records[index] = BlockRecord([TensorWeakRef(tokens)])
 
     def _mix(
@@ -558,12 +559,3 @@ def _forward(
 def _without_graph(tokens: Tensor) -> Tensor:
     """The same values, which ask for a gradient if these do, so that as much is saved for it."""
     return tokens.detach().requires_grad_(tokens.requires_grad)
-
-
-def _require_graph() -> None:
-    """Check that a first pass under gradient checkpointing keeps its graph."""
-    if not torch.is_grad_enabled():
-        raise UnsupportedModelError(
-            "looked for gradient checkpointing that keeps the graph, found the reentrant kind: "
-            "turn it on with use_reentrant=False"
-        )

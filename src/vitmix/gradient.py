@@ -11,7 +11,7 @@ from vitmix.aside import aside
 from vitmix.backbones import Backbone
 from vitmix.compilation import uncompiled
 from vitmix.functional.targets import soft_cross_entropy
-from vitmix.replay import add_to_tokens, tokens_of
+from vitmix.replay import add_to_tokens, require_graph, tokens_of
 
 __all__ = ["gradient_saliency", "logits_of"]
 
@@ -42,11 +42,15 @@ def gradient_saliency(
 
     Returns:
         ``(B, N)`` float32.
+
+    Raises:
+        UnsupportedModelError: gradient checkpointing of the reentrant kind.
     """
     block = backbone.blocks[index]
     leaves: list[Tensor] = []
 
     def cut(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        require_graph()
         leaves.append(tokens_of(module, args).detach().requires_grad_())
         return (leaves[0], *args[1:])
 

@@ -26,6 +26,7 @@ __all__ = [
     "Replay",
     "add_to_tokens",
     "first_tokens",
+    "require_graph",
     "tokens_of",
     "unseen_by_checkpoint",
 ]
@@ -41,6 +42,19 @@ def unseen_by_checkpoint() -> torch.autograd.graph.saved_tensors_hooks:
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def require_graph() -> None:
+    """Check that a first pass under gradient checkpointing keeps its graph.
+
+    Raises:
+        UnsupportedModelError: it does not.
+    """
+    if not torch.is_grad_enabled():
+        raise UnsupportedModelError(
+            "looked for gradient checkpointing that keeps the graph, found the reentrant kind: "
+            "turn it on with use_reentrant=False"
+        )
 
 
 @dataclass
