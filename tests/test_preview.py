@@ -92,10 +92,16 @@ def test_bars_are_the_targets_of_the_step(method: str, model: Callable[[], Any])
         torch.testing.assert_close(sample.shares.sum(2), torch.ones(sample.shares.shape[:2]))
 
 
-def test_pictures_are_made_of_their_sources() -> None:
-    """Where shares say that a pixel is a source's, it is that image's pixel."""
-    images, _ = batch(NUM_CLASSES)
-    shown = make("all").preview(images, torch.arange(NUM_CLASSES), samples=NUM_CLASSES)
+@pytest.mark.parametrize("side", [32, 38])
+def test_pictures_are_made_of_their_sources(side: int) -> None:
+    """Where shares say that a pixel is a source's, it is that image's pixel.
+
+    At 38 pixels the model sees no more than 4 patches of 8 a side.
+    """
+    images = torch.rand(NUM_CLASSES, 3, side, side, generator=torch.Generator().manual_seed(0))
+    mixing = make("all", lambda: make_vit(img_size=side))
+    shown = mixing.preview(images, torch.arange(NUM_CLASSES), samples=NUM_CLASSES)
+    assert shown.samples[0].mixed.shape == (32, 32, 3)
     everything = {sample.names[0]: sample.original for sample in shown.samples}
     assert any(len(sample.names) > 2 for sample in shown.samples)
     for sample in shown.samples:

@@ -223,7 +223,9 @@ class _Followed:
         self.backbone = mixing.backbone
         self.rule = _rule_name(mixing.labels, mixing.tokens, trace.pixels is not None)
         self.mixing = mixing
-        self.batch, self.size = len(images), (int(images.shape[2]), int(images.shape[3]))
+        self.batch = len(images)
+        # What an image has beyond whole patches is not seen, and not shown.
+        self.size = height, width = mixing.backbone.seen((images.shape[2], images.shape[3]))
         needed = torch.tensor(rows, dtype=torch.long)
         for block, plan in reversed(_stages(self.trace)):
             both = torch.cat((needed, self._partner(block, plan)[needed]))
@@ -232,8 +234,10 @@ class _Followed:
         self.local = torch.zeros(self.batch, dtype=torch.long)
         self.local[needed] = torch.arange(len(needed))
         here = needed.to(images.device)
-        self.images = shown_as(images[here], mean, std)
-        self.states = self._states(shown_as(trace.images[here], mean, std))
+        self.images, fed = (
+            shown_as(batch[here, :, :height, :width], mean, std) for batch in (images, trace.images)
+        )
+        self.states = self._states(fed)
         self.labels = self._labels()
 
     def _partner(self, block: int | None, plan: Any) -> Tensor:
