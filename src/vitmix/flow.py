@@ -15,28 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
-from vitmix.aside import aside
-from vitmix.attention import AttentionCall, AttentionTap, read_attention, read_query_key
+from vitmix.attention import AttentionCall, AttentionTap
 from vitmix.backbones import Backbone, Block
 from vitmix.errors import UnsupportedModelError
 from vitmix.functional.alignment import (
     attend_with_shares,
     attended_by_keys,
     attended_shares,
-    pooled_shares,
 )
 from vitmix.functional.grids import Grid, coarsen, spread
 from vitmix.functional.mixture import Mixture
-from vitmix.functional.precision import wide
 from vitmix.functional.reach import Reach
-from vitmix.functional.saliency import (
-    attention_rollout,
-    attention_saliency,
-    column_saliency,
-    query_key_attention,
-    query_key_saliency,
-)
 from vitmix.functional.vertical import salient_indices, take_tokens
+from vitmix.pooling import Pooling
 from vitmix.replay import (
     BlockRecord,
     PartRecord,
@@ -47,6 +38,7 @@ from vitmix.replay import (
     tokens_of,
     unseen_by_checkpoint,
 )
+from vitmix.saliency import BlockRun, saliency_ahead, saliency_of
 from vitmix.tokens import Given, TokenContext, TokenMixer, TokenOutcome, VerticalTokenMixup
 
 __all__ = ["Flow"]
@@ -122,9 +114,7 @@ class Flow:
         }
         self._last_vertical = max(verticals, default=-1)
         self._paused = False
-        self._scores: Tensor | None = None
-        self._pooled: Tensor | None = None
-        self._pools = 0
+        self._pooling = Pooling(backbone) if follow_shares else None
         self._passed: list[int] = []
         self._grid = grid
         self._grids = [grid]
@@ -171,11 +161,7 @@ class Flow:
 
     def pooled_shares(self) -> Tensor | None:
         """``(B, K)`` shares of what the classifier sees, after the pass; None if not followed."""
-        if not self.follow_shares:
-            return None
-        if self._pools_by_attention:
-            return self._pooled
-        return self.backbone.pool_shares(self.mixture.shares, self._scores)
+        return None if self._pooling is None else self._pooling.shares(self.mixture.shares)
 
     @property
     def _reads_attention(self) -> bool:
@@ -195,7 +181,7 @@ class Flow:
             self._record(index, given)
         tokens = before = block.flatten(given)
         for stage, draws in self._mixers.get(index, ()):
-            run = partial(_forward, block, given, args[1:], kwargs)
+            run = BlockRun(block, given, args[1:], kwargs)
             tokens = self._mix(stage, draws, tokens, index, run)
         self._index, self._tokens = index, tokens
         self._reach = self._reaches[index]
@@ -295,7 +281,8 @@ class Flow:
 
     def keep_scores(self, output: Tensor) -> None:
         """Keep the scores of the pooling."""
-        self._scores = output
+        assert self._pooling is not None
+        self._pooling.scores = output
 
     def enter_part(self, part: nn.Module, args: tuple[Any, ...]) -> None:
         """Remember what a part that may be checkpointed is given."""
@@ -311,7 +298,7 @@ class Flow:
         self._records[index] = BlockRecord([TensorWeakRef(tokens)])
 
     def _mix(
-        self, stage: TokenMixer, given: Given, tokens: Tensor, index: int, run: partial[Tensor]
+        self, stage: TokenMixer, given: Given, tokens: Tensor, index: int, run: BlockRun
     ) -> Tensor:
         prefix = self.backbone.num_prefix_tokens
         context = TokenContext(
@@ -355,67 +342,19 @@ class Flow:
                 self.selected[stage][index] = chosen
 
     @torch.no_grad()
-    def _saliency_ahead(
-        self, index: int, tokens: Tensor, run: partial[Tensor], steps: int
-    ) -> Tensor:
-        """Saliency of tokens from the attention of the blocks they are about to enter."""
+    def _saliency_ahead(self, index: int, tokens: Tensor, run: BlockRun, steps: int) -> Tensor:
         self._paused = True
         try:
-            ahead = self.backbone.blocks[index : index + steps + 1]
-            modules = [block.module for block in ahead]
-            reach = self._reaches[index]
-            if steps == 0:
-                with aside(modules, tokens.device):
-                    found = read_query_key(ahead[0], tokens, run)
-                    return torch.stack([self._saliency_of(each, reach) for each in found]).mean(0)
-            _, _, args, kwargs = run.args
-            if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
-                raise UnsupportedModelError(
-                    "looked for blocks that take tokens alone, found further tensors given to "
-                    f"block {index} of {self.backbone.family}: a rollout cannot know what later "
-                    "blocks are given. Use saliency='attention'"
-                )
-            maps = []
-            with aside(modules, tokens.device):
-                for block in ahead:
-                    tokens, attention = read_attention(block, tokens, run)
-                    maps.append(attention)
-            return self._saliency_of(attention_rollout(maps)[:, None], reach)
+            return saliency_ahead(self.backbone, index, self._reaches[index], tokens, run, steps)
         finally:
             self._paused = False
-
-    def _saliency_of(self, found: AttentionCall | Tensor, reach: Reach) -> Tensor:
-        """Saliency ``(B, N)`` of the tokens that went into an attention, appended ones aside."""
-        prefix, by_class_token = self.backbone.num_prefix_tokens, self.backbone.reads_class_token
-        _, queries, keys = reach.sizes(1)
-        if isinstance(found, Tensor):
-            found = found.detach().flatten(0, -4)[:, :, :queries, :keys]
-            weights = reach.query_weights(found.device)
-            saliency = (
-                attention_saliency(found, num_prefix_tokens=prefix, class_token=by_class_token)
-                if weights is None
-                else column_saliency(found, weights.repeat(len(self.targets), 1))
-            )
-        else:
-            weights = reach.query_weights(found.query.device)
-            mask = found.mask
-            saliency = query_key_saliency(
-                found.query.detach()[:, :, :queries],
-                found.key.detach(),
-                scale=found.scale,
-                attn_mask=mask if mask is None else mask[..., :queries, :],
-                num_prefix_tokens=prefix,
-                class_token=by_class_token,
-                num_keys=keys,
-                query_weights=None if weights is None else weights.repeat(len(self.targets), 1),
-            )
-        return reach.image_saliency(saliency)
 
     # What the tap sees.
 
     def _on_fused(self, call: AttentionCall) -> Tensor:
         if self._index is None:
-            return self._on_pooling(call)
+            self._see_pooling(call)
+            return call.run()
         self._require_reach(call.query, call.key)
         self._require_sight(call)
         with torch.no_grad():
@@ -439,14 +378,18 @@ class Flow:
 
     def _on_softmax(self, attention: Tensor) -> None:
         if self._index is None:
-            if attention.shape[-2] == 1:
-                self._pool(attention)
+            self._see_pooling(attention)
             return
         self._require_reach(attention, attention.transpose(-2, -1))
         with torch.no_grad():
             self._note(attention)
             if self.follow_shares:
                 self._keep_attended(attended_shares(attention, self._key_shares()))
+
+    def _see_pooling(self, found: AttentionCall | Tensor) -> None:
+        """Attention outside the blocks may be a query that pools tokens."""
+        if self._pooling is not None:
+            self._pooling.see(found, self.mixture.shares)
 
     def _keep_attended(self, attended: Tensor) -> None:
         """Keep the own tokens' rows; those of appended tokens are cut off."""
@@ -458,7 +401,7 @@ class Flow:
         self._attentions += 1
         collects = self._index is not None and self._index < self._last_vertical
         if collects or self._index == self._attention_block:
-            saliency = self._saliency_of(found, self._reach)
+            saliency = saliency_of(found, self.backbone, self._reach, len(self.targets))
             # Of several attentions of a block, the mean.
             before = 0.0 if self._saliency is None else self._saliency
             self._saliency = before + (saliency - before) / self._attentions
@@ -466,39 +409,6 @@ class Flow:
     def _key_shares(self) -> Tensor:
         shares = self._reach.key_shares(self.mixture.shares)
         return shares if self._appended is None else torch.cat((shares, self._appended), 1)
-
-    def _on_pooling(self, call: AttentionCall) -> Tensor:
-        """Attention outside the blocks: a query that pools tokens."""
-        if self._pools_by_attention and call.query.shape[-2] == 1:
-            with torch.no_grad():
-                attention = query_key_attention(
-                    call.query, call.key, scale=call.scale, attn_mask=call.mask
-                )
-                self._pool(attention)
-        return call.run()
-
-    @property
-    def _pools_by_attention(self) -> bool:
-        kinds = ("attention", "attention_all", "class_attention")
-        return self.follow_shares and self.backbone.pooling in kinds
-
-    @torch.no_grad()
-    def _pool(self, attention: Tensor) -> None:
-        """Follow a query ``(B, H, 1, M)`` that pools tokens."""
-        if not self._pools_by_attention:
-            return
-        self._pools += 1
-        weights = wide(attention.detach()).mean(1)[:, 0]
-        weights = weights / weights.sum(1, keepdim=True)
-        shares = self.mixture.shares
-        if self.backbone.pooling == "class_attention":
-            # The class token begins as the mean of all, and sees itself in front of the others.
-            own = shares.mean(1) if self._pooled is None else self._pooled
-            shares = torch.cat((own[:, None], shares), 1)
-            self._pooled = (pooled_shares(shares, weights) + own) / 2
-        else:
-            shares = shares[:, shares.shape[1] - weights.shape[-1] :]
-            self._pooled = pooled_shares(shares, weights)
 
     def _require_reach(self, query: Tensor, key: Tensor) -> None:
         extra = 0 if self._appended is None else self._appended.shape[1]
@@ -533,27 +443,8 @@ class Flow:
                 f"looked for a pass through all {self.backbone.depth} blocks of "
                 f"{self.backbone.family} in order, found {self._passed}"
             )
-        scored = self.backbone.pool_scores is None or self._scores is not None
-        queries = self.backbone.class_layers or 1
-        pooled = self._pools == (queries if self._pools_by_attention else 0)
-        if self.follow_shares and not (scored and pooled):
-            raise UnsupportedModelError(
-                f"looked for the {self.backbone.pooling} pooling of {self.backbone.family}, "
-                f"found {self._pools} queries that pool in the pass"
-            )
-
-
-def _forward(
-    block: Block,
-    like: Tensor,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    module: nn.Module,
-    tokens: Tensor,
-) -> Tensor:
-    """Run a block on tokens ``(B, T, D)`` as the model does, without the block's own hooks."""
-    output: Any = module.forward(block.restore(tokens, like), *args, **kwargs)
-    return block.flatten(output[0] if isinstance(output, tuple) else output)
+        if self._pooling is not None:
+            self._pooling.require_seen()
 
 
 def _without_graph(tokens: Tensor) -> Tensor:
