@@ -191,6 +191,7 @@ def test_steps_say_what_they_miss(tmp_path: Path) -> None:
         (vitmix.TeacherLabels(maps=maps), torch.arange(3), r"expected `maps` \(4, h, w\)"),
         (vitmix.TeacherLabels(maps=maps), torch.rand(4), r"rows \(4,\) of whole numbers"),
         (vitmix.TeacherLabels(maps=maps), torch.ones(4) > 0, r"rows \(4,\) of whole numbers"),
+        (vitmix.TeacherLabels(maps=maps), torch.tensor(1), r"rows \(4,\) of whole numbers"),
         (vitmix.TeacherLabels(maps=maps), torch.tensor([0, 1, 2, -1]), "from 0 to 22, got"),
         (vitmix.TeacherLabels(maps=maps), torch.tensor([0, 1, 2, 23]), "from 0 to 22, got"),
         (vitmix.TeacherLabels(maps=maps), torch.rand(4, 1, 8, 8), r"got \(4, 1, 8, 8\)"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -24,6 +22,13 @@ from vitmix.gradient import gradient_saliency, logits_of
 from vitmix.labels import AreaLabels, LabelEvidence, LabelRule
 from vitmix.pixels import PixelMix, PixelPlan
 from vitmix.processes import gather, process_rank, require_equal_batches, world_size
+from vitmix.refusals import (
+    require_fit,
+    require_kind,
+    require_logits,
+    require_maps,
+    warn_of_smoothing,
+)
 from vitmix.relay import Relay
 from vitmix.replay import Replay
 from vitmix.step import MixOutput, MixTrace, StepRecord, stats_of, trace_of
@@ -128,48 +133,20 @@ class MixingModel(nn.Module):
         labels = AreaLabels() if labels is None else labels
         if isinstance(tokens, TokenStage):
             tokens = (tokens,)
-        _require_kind("tokens", tokens, (Iterable,))
+        require_kind("tokens", tokens, (Iterable,))
         tokens = tuple(tokens)
-        _require_kind("mix", mix, (PixelMix, type(None)))
-        _require_kind("labels", labels, (LabelRule,))
+        require_kind("mix", mix, (PixelMix, type(None)))
+        require_kind("labels", labels, (LabelRule,))
         if num_classes < 2:
             raise InputError(f"expected `num_classes` of at least 2, got {num_classes}")
         if not 0.0 <= label_smoothing < 1.0:
             raise InputError(f"expected `label_smoothing` in [0, 1), got {label_smoothing}")
-        _require_kind("backbone", backbone, (Backbone, type(None)))
+        require_kind("backbone", backbone, (Backbone, type(None)))
         if backbone is None:
             only_pixels = not tokens and labels.known_before_forward
             backbone = describe_pixels(model) if only_pixels else describe(model)
         backbone.require_part_of(model)
-        for stage in tokens:
-            _require_kind("tokens", stage, (TokenMixer, VerticalTokenMixup))
-            for block in stage.blocks:
-                backbone.require_block(f"`block` of {type(stage).__name__}", block)
-            if isinstance(stage, VerticalTokenMixup) and backbone.vertical_reason:
-                raise UnsupportedModelError(
-                    "looked for attention that takes tokens without a place in the image, found "
-                    f"{backbone.vertical_reason}. The model was not changed."
-                )
-            if isinstance(stage, VerticalTokenMixup):
-                _require_earlier(stage, backbone)
-            if isinstance(stage, HorizontalTokenMixup):
-                _require_unattached(stage)
-                if stage.saliency == "rollout":
-                    backbone.require_block("the last block of a rollout", stage.last_block)
-                    backbone.require_one_stage(stage.block, stage.last_block)
-        reads = not labels.known_before_forward or any(stage.reads_attention for stage in tokens)
-        if tokens or reads:
-            backbone.require_tokens(attention=reads)
-        if labels.attention_block is not None:
-            backbone.require_block(f"`block` of {type(labels).__name__}", labels.attention_block)
-        if labels.follows_shares and backbone.alignment_reason:
-            raise UnsupportedModelError(
-                f"looked for a pooling that {type(labels).__name__} can follow, found "
-                f"{backbone.alignment_reason}. The model was not changed."
-            )
-        _require_apart(tokens)
-        if len({id(stage) for stage in tokens}) < len(tokens):
-            raise InputError("expected each token stage once in `tokens`, got one twice")
+        require_fit(backbone, labels, tokens)
         # Weights that are quantised have whole numbers for parameters.
         floating = (value for value in model.parameters() if value.is_floating_point())
         like = next(floating, torch.empty(0))
@@ -200,7 +177,7 @@ class MixingModel(nn.Module):
         self._replays: list[Replay] = []
         self._watch = UntrainedWatch()
         for stage in tokens:
-            _warn_of_smoothing(stage, least_cross_entropy(num_classes, label_smoothing))
+            warn_of_smoothing(stage, least_cross_entropy(num_classes, label_smoothing))
 
     def detach(self) -> nn.Module:
         """Return the model, which carries nothing of vitmix from now on.
@@ -375,7 +352,7 @@ class MixingModel(nn.Module):
                 "expected images (B, C, H, W), at least one, and as many targets, "
                 f"got {tuple(images.shape)} and {tuple(targets.shape)}"
             )
-        self._require_maps(maps, len(images))
+        require_maps(self.labels, maps, len(images))
         soft = smooth_targets(targets, self.num_classes, self.label_smoothing)
         classes = targets if targets.ndim == 1 else targets.argmax(1)
         prefix = self.backbone.num_prefix_tokens
@@ -408,7 +385,7 @@ class MixingModel(nn.Module):
         """Do all that comes after the pass."""
         flow, evidence, weights = step.flow, step.evidence, step.weights
         logits = logits_of(output)
-        self._require_logits(logits)
+        require_logits(logits, self.num_classes)
         record = None
         if flow.history is not None:
             seen = replace(evidence, attention=flow.attention, pooled_shares=flow.pooled_shares())
@@ -498,32 +475,6 @@ class MixingModel(nn.Module):
             keep_history=record,
         )
 
-    def _require_maps(self, maps: Tensor | None, count: int) -> None:
-        rule = type(self.labels).__name__
-        if (maps is not None) != self.labels.needs_maps:
-            raise InputError(
-                f"expected `maps` in each step for the stored maps of {rule}, got none"
-                if maps is None
-                else f"expected no `maps`, which {rule} has no use for; leave them out"
-            )
-        if maps is None:
-            return
-        rows = maps.ndim == 1 and not (maps.is_floating_point() or maps.dtype == torch.bool)
-        if len(maps) != count or not (rows or maps.ndim == 3):
-            raise InputError(
-                f"expected `maps` ({count}, h, w), or rows ({count},) of whole numbers, "
-                f"got {tuple(maps.shape)} {maps.dtype}"
-            )
-
-    def _require_logits(self, logits: Any) -> None:
-        for head in logits if isinstance(logits, tuple) else (logits,):
-            if not isinstance(head, Tensor) or head.ndim != 2 or head.shape[1] != self.num_classes:
-                found = tuple(head.shape) if isinstance(head, Tensor) else type(head).__name__
-                raise InputError(
-                    f"expected logits (B, {self.num_classes}) from the model, got {found}; "
-                    "num_classes must be that of the model's classifier"
-                )
-
 
 def _applied(plan: PixelPlan, images: Tensor, seen: Grid) -> Tensor:
     """Mix what the model sees of images; the rest stays as it is."""
@@ -535,61 +486,8 @@ def _applied(plan: PixelPlan, images: Tensor, seen: Grid) -> Tensor:
     return mixed
 
 
-def _warn_of_smoothing(stage: TokenStage, least: float) -> None:
-    """Smoothed labels leave no sample easier than their entropy, and tau is a cross-entropy."""
-    tau = stage.tau if isinstance(stage, HorizontalTokenMixup) else math.inf
-    if not isinstance(tau, str) and 0 < tau <= least:
-        warnings.warn(
-            f"HorizontalTokenMixup(block={stage.block}) will mix no sample: with this label "
-            f"smoothing no cross-entropy is below {least:.3g}, and tau is {tau:.3g}. Raise tau, "
-            "let it follow the batches (tau='auto:0.5'), or smooth less",
-            stacklevel=3,
-        )
-
-
-def _require_kind(name: str, value: object, kinds: tuple[type, ...]) -> None:
-    if not isinstance(value, kinds):
-        expected = " or ".join(kind.__name__ for kind in kinds)
-        raise InputError(f"expected `{name}` as {expected}, got {type(value).__name__}")
-
-
-def _require_earlier(stage: VerticalTokenMixup, backbone: Backbone) -> None:
-    target = stage.blocks[0]
-    if not any(backbone.stage(index) == backbone.stage(target) for index in range(target)):
-        first = [
-            index
-            for index in range(1, backbone.depth)
-            if backbone.stage(index) == backbone.stage(index - 1)
-        ]
-        raise InputError(
-            "expected `block` of VerticalTokenMixup with an earlier block of its own stage to "
-            f"collect tokens from ({', '.join(map(str, first))}), got {target}"
-        )
-
-
 def _pool_as_classified(stage: HorizontalTokenMixup, backbone: Backbone) -> None:
     """Let ScoreNet average image tokens where the model does, beside a class token without use."""
     assert stage.scorenet is not None
     if stage.pool == "auto" and backbone.class_token and not backbone.reads_class_token:
         stage.scorenet.pool = "average"
-
-
-def _require_unattached(stage: HorizontalTokenMixup) -> None:
-    if stage.scorenet is not None:
-        raise InputError(
-            "expected a HorizontalTokenMixup of its own for each MixingModel, "
-            "got one whose ScoreNet belongs to another"
-        )
-
-
-def _require_apart(stages: Sequence[TokenStage]) -> None:
-    """Check that what a stage that mixes did can be told by its kind and its block."""
-    taken: set[tuple[str, int]] = set()
-    for stage in dict.fromkeys(stages):
-        places = {(stage.short_name, block) for block in stage.blocks}
-        if isinstance(stage, TokenMixer) and taken & places:
-            raise InputError(
-                f"expected one {type(stage).__name__} a block, "
-                f"got two that may act at block {min(taken & places)[1]}"
-            )
-        taken |= places
