@@ -437,18 +437,17 @@ class MixingModel(nn.Module):
         mixers: dict[int, list[tuple[TokenMixer, Given]]] = {}
         verticals: dict[int, list[VerticalTokenMixup]] = {}
         for stage in self.tokens:
-            assert isinstance(stage, TokenStage)
+            assert isinstance(stage, TokenMixer | VerticalTokenMixup)
             block = stage.draw_block(self.generator)
+            rows, columns = self.backbone.block_grid(block, grid)
             if isinstance(stage, VerticalTokenMixup):
-                rows, columns = self.backbone.block_grid(block, grid)
                 if stage.kappa > rows * columns:
                     raise InputError(
                         f"expected `kappa` of VerticalTokenMixup up to the {rows * columns} "
                         f"tokens of this input, got {stage.kappa}"
                     )
                 verticals.setdefault(block, []).append(stage)
-            elif isinstance(stage, TokenMixer):
-                rows, columns = self.backbone.block_grid(block, grid)
+            else:
                 given = stage.draw(len(fed), rows * columns, self.generator)
                 if given is None:
                     continue

@@ -130,9 +130,8 @@ class Exchange:
         processes, rank = world_size(), process_rank()
         owner = (partner // batch).view(processes, batch)  # [p, i]: who has what p's sample i wants
         mine = owner == rank
-        self._sent = (partner % batch).view(processes, batch)[
-            mine
-        ]  # for p = 0, 1, ..., in its order
+        # For p = 0, 1, ..., in the order of its samples.
+        self._sent = (partner % batch).view(processes, batch)[mine]
         order = owner[rank].argsort(stable=True)
         self._place = order.argsort()
         self._send_counts: list[int] = mine.sum(1).tolist()
