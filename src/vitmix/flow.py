@@ -27,7 +27,7 @@ from vitmix.functional.grids import Grid, coarsen, spread
 from vitmix.functional.mixture import Mixture
 from vitmix.functional.reach import Reach
 from vitmix.functional.vertical import salient_indices, take_tokens
-from vitmix.pooling import Pooling
+from vitmix.pooling import SharePooling
 from vitmix.replay import (
     BlockRecord,
     PartRecord,
@@ -114,7 +114,7 @@ class Flow:
         }
         self._last_vertical = max(verticals, default=-1)
         self._paused = False
-        self._pooling = Pooling(backbone) if follow_shares else None
+        self._pooling = SharePooling(backbone) if follow_shares else None
         self._passed: list[int] = []
         self._grid = grid
         self._grids = [grid]

@@ -12,10 +12,10 @@ from vitmix.functional.alignment import pooled_shares
 from vitmix.functional.precision import wide
 from vitmix.functional.saliency import query_key_attention
 
-__all__ = ["Pooling"]
+__all__ = ["SharePooling"]
 
 
-class Pooling:
+class SharePooling:
     """Follows shares through a model's pooling, in one pass.
 
     Args:
