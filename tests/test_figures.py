@@ -224,6 +224,7 @@ def test_tau_and_quantiles_are_logged(run: Path) -> None:
         (["mixing", "RUN", "--block", "1"], "no --block"),
         (["saliency", "RUN", "--block", "7"], "--block from 0 to 1"),
         (["mixing", "RUN", "--out", "a.xyz"], "ends in one of"),
+        (["fluctuation", "RUN", *LOOK[2:], "--batch-size", "1"], "mixes none"),
     ],
 )
 def test_bad_input(

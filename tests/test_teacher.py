@@ -306,6 +306,9 @@ def test_bad_teachers() -> None:
     images, classes = torch.rand(2, 3, 64, 64), torch.tensor([1, 5])
     with pytest.raises(vitmix.InputError, match="got 5"):
         vitmix.ActivationMaps(few)(images, classes)
+    more = vitmix.TeacherLabels(torchvision.models.resnet18(num_classes=NUM_CLASSES + 1))
+    with pytest.raises(vitmix.InputError, match=f"same {NUM_CLASSES} classes, got one of 8"):
+        vitmix.MixingModel(make_cct(), vitmix.CutMix(), more, num_classes=NUM_CLASSES)
     flat = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 7))
     with pytest.raises(vitmix.UnsupportedModelError, match="feature map"):
         vitmix.ActivationMaps(flat)(*batch(2))

@@ -77,11 +77,13 @@ class LabelRule(ABC):
             then cover what token stages did, too.
         attention_block: block whose saliency the rule needs, negative from the end, or None.
         needs_maps: whether each step has to be given maps of its images.
+        num_classes: classes that the rule knows itself, as a teacher does; None if it knows none.
     """
 
     follows_shares: bool = False
     attention_block: int | None = None
     needs_maps: bool = False
+    num_classes: int | None = None
 
     @abstractmethod
     def weights(self, evidence: LabelEvidence) -> Tensor:
@@ -195,9 +197,10 @@ class TeacherLabels(LabelRule):
                 f"got {type(got).__name__} as {kind}"
             )
         self.needs_maps = maps is not None
-        self.maps: Any = ActivationMaps(teacher) if isinstance(teacher, nn.Module) else teacher
-        if maps is not None:
-            self.maps = maps
+        self.maps: Any = teacher if maps is None else maps
+        if isinstance(teacher, nn.Module):
+            self.maps = ActivationMaps(teacher)
+            self.num_classes = self.maps.num_classes
         self.normalise = normalise
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TeacherLabels:

@@ -139,6 +139,12 @@ class MixingModel(nn.Module):
         require_kind("labels", labels, (LabelRule,))
         if num_classes < 2:
             raise InputError(f"expected `num_classes` of at least 2, got {num_classes}")
+        if labels.num_classes not in (None, num_classes):
+            raise InputError(
+                f"expected a teacher of the same {num_classes} classes, got one of "
+                f"{labels.num_classes}; one that has them among others is given as a function of "
+                "images and classes"
+            )
         if not 0.0 <= label_smoothing < 1.0:
             raise InputError(f"expected `label_smoothing` in [0, 1), got {label_smoothing}")
         require_kind("backbone", backbone, (Backbone, type(None)))

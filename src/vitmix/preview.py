@@ -174,8 +174,9 @@ def _note(mixing: MixingModel, trace: MixTrace) -> str:
                 "more, inf mixes all."
             )
         else:
+            easy = "no sample is below tau, which follows the batches, or " * isinstance(tau, str)
             notes.append(
-                f"No tokens were replaced at block {block}: no partner has one that is more "
-                "salient by rho; a smaller rho replaces more."
+                f"No tokens were replaced at block {block}: {easy}no partner has one that is "
+                "more salient by rho; a smaller rho replaces more."
             )
     return " ".join(notes)

@@ -59,6 +59,11 @@ class ActivationMaps:
         self._part = teacher if self._tokens is None else self._tokens.part
         self._source: tuple[nn.Module, _Reading, nn.Module | None] | None = None
 
+    @property
+    def num_classes(self) -> int:
+        """Classes that the teacher knows."""
+        return self.classifiers[0].out_features
+
     def __repr__(self) -> str:
         return f"ActivationMaps({type(self.teacher).__name__})"
 
@@ -78,7 +83,7 @@ class ActivationMaps:
             UnsupportedModelError: no features were found that the classifier sees the mean, or the
                 class token, of.
         """
-        known = self.classifiers[0].out_features
+        known = self.num_classes
         if classes.device.type == "cpu" and len(classes) and int(classes.max()) >= known:
             raise InputError(
                 f"expected classes that the teacher knows, 0 to {known - 1}, "

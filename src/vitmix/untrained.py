@@ -64,6 +64,8 @@ class UntrainedWatch:
         for stage in stages:
             if isinstance(stage, HorizontalTokenMixup) and stage.tau != math.inf:
                 assert stage.scorenet is not None
+                if stage.scorenet_weight == 0:
+                    return
                 watched = [*_last_trained(stage.scorenet), *_last_trained(model)]
                 if len(watched) == 2:
                     self._first = [(each, each._version, each.detach().clone()) for each in watched]

@@ -73,7 +73,13 @@ def _fluctuation(run: str, options: Options, block: int | None) -> Figure:
     mixing, pictures = found.mixing, found.pictures
     with looking(mixing, found.config.seed):
         out = mixing(pictures.images, pictures.labels, record=True)
-    (row,) = choose_rows(out.trace, pictures.labels, 1)
+    rows = choose_rows(out.trace, pictures.labels, 1)
+    if not rows:
+        raise InputError(
+            f"expected a draw that mixes two classes, seed {found.config.seed} mixes none; "
+            "give another --seed, or more pictures"
+        )
+    row = rows[0]
     fluctuation = follow_origins(out.trace.record, mixing.backbone.num_prefix_tokens)
     (image,) = shown_as(out.trace.images[[row]], pictures.mean, pictures.std)
     title = f"token fluctuation: {found.config.model}, {found.weights}"
