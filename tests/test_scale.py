@@ -131,6 +131,14 @@ def test_two_processes_go_on_where_they_stopped(two: Path, tmp_path: Path) -> No
     assert losses[0] == losses[1]
 
 
+def test_two_processes_train_their_teacher_first(tmp_path: Path) -> None:
+    """Its run folder lies within theirs, whose name only the first process has made."""
+    changes = {"tokens": None, "method": "tokenmix", "epochs": 1, "model_ema": False}
+    start(*options(tmp_path, devices=2, data="fake:3x16x32", **changes))
+    (folder,) = tmp_path.glob("fake*")
+    assert results_of(folder)["steps"] == results_of(folder / "teacher")["steps"] == 1
+
+
 @given(count=st.integers(8, 300), each=st.integers(1, 8), processes=st.integers(1, 5))
 def test_processes_share_the_batches_of_one(count: int, each: int, processes: int) -> None:
     batch = each * processes

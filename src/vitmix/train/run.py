@@ -178,8 +178,8 @@ def _train_run(
         folder = claim_folder(config.out, config.name, default, config.overwrite, settings)
         locks.enter_context(held(folder))
     folder = folder or shared_folder(config)
-    if processes.first and processes.count > 1:
-        tell_folder(folder)
+    if processes.first and processes.count > 1 and config.name is None:
+        tell_folder(folder)  # a teacher's run has a name, and leaves this as it is
     if verbose:
         _announce(config, data, mixing, folder, init)
         if resume is not None:
