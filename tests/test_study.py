@@ -203,14 +203,30 @@ def test_a_run_that_fails_does_not_keep_the_others_from_being_trained(
         assert "| both |" in (out / "study.md").read_text()
 
 
-def test_a_teacher_has_the_settings_of_its_student(study: str, tmp_path: Path) -> None:
-    Path(study).write_text(
-        STUDY.replace("{method: tl-align}", "{method: tokenmix, model: cct_4_3x2_32}")
-    )
-    assert main(["study", study, "--seeds", "1", "--out", str(tmp_path / "runs")]) == 0
+@pytest.mark.parametrize(
+    ("plain", "taught", "model"),
+    [
+        ("{}", "{method: tokenmix, model: cct_4_3x2_32}", "cct_4_3x2_32"),
+        ("{method: cutmix}", "{method: tokenmix}", "cct_2_3x2_32"),  # named none, but is not
+    ],
+)
+def test_a_teacher_is_plain_and_has_the_settings_of_its_student(
+    study: str, tmp_path: Path, plain: str, taught: str, model: str
+) -> None:
+    changed = STUDY.replace("none: {}", f"none: {plain}").replace("{method: tl-align}", taught)
+    Path(study).write_text(changed)
+    command = ["study", study, "--cells", "none,aligned", "--seeds", "1"]
+    assert main([*command, "--out", str(tmp_path / "runs")]) == 0
     (folder,) = (tmp_path / "runs").glob("aligned-*")
     teacher = json.loads((folder / "teacher" / "results.json").read_text())
-    assert teacher["model"] == "cct_4_3x2_32"
+    assert (teacher["model"], teacher["method"]) == (model, "none")
+
+
+def test_rows_may_have_data_of_their_own(study: str, tmp_path: Path) -> None:
+    Path(study).write_text(STUDY.replace("{method: tl-align}", '{data: "fake:2x32x12"}'))
+    command = ["study", study, "--cells", "none,aligned", "--seeds", "1"]
+    assert main([*command, "--out", str(tmp_path / "runs")]) == 0
+    assert "| aligned | 1 |" in (tmp_path / "runs" / "study.md").read_text()
 
 
 def test_one_process_at_a_time_trains_a_run(tmp_path: Path) -> None:
@@ -338,6 +354,8 @@ def test_ablation_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (("{method: tl-align}", "{precision: fp64}"), "one of fp32, .*, in cell 'aligned'"),
         (("{method: tl-align}", "tl-align"), "expected settings of vitmix train in cell 'aligned'"),
         (("seeds: 2", "seeds: [0, 1]"), "as a number of seeds"),
+        (("against: [none]", "against: 5"), "expected cells of .*, got '5'"),
+        ((STUDY[STUDY.index("cells:") :], "cells: {}"), "expected cells in .*, got none"),
     ],
 )
 def test_files_that_are_wrong(study: str, change: tuple[str, str], message: str) -> None:
@@ -353,6 +371,14 @@ def test_text_in_a_file_is_what_its_setting_says(study: str) -> None:
     found = read_study(study)
     assert found.cells[0].config.lr == 1e-3  # which YAML takes for text
     assert found.against == ("none",)
+
+
+def test_cells_may_be_named_by_numbers(study: str) -> None:
+    Path(study).write_text(STUDY.replace("aligned:", "0.5:").replace("[none]", "[0.5, none]"))
+    found = read_study(study)
+    assert [cell.name for cell in found.cells] == ["none", "0.5", "both"]
+    assert found.against == ("0.5", "none")
+    assert [cell.name for cell in read_study(study, only=["0.5"]).cells] == ["0.5"]
 
 
 def parts(name: str, **given: object) -> dict[str, tuple[str, object]]:
@@ -398,6 +424,8 @@ def test_options_leave_rows_what_they_are_about() -> None:
         (["study", "digits", "--cells", "nothing"], "expected cells of digits"),
         (["ablate", "combination"], "did you mean 'combinations'"),
         (["study", "digits", "--measures", "speed"], "expected --measures"),
+        (["study", "digits", "--devices", "2", "--batch-size", "64"], "one process a run"),
+        (["study", "digits", "--results", __file__], "--results to be a folder to write in"),
     ],
 )
 def test_bad_commands(

@@ -108,9 +108,11 @@ def read_study(
             raise InputError(
                 f"expected keys {', '.join(KEYS)} in {name}, got {key!r}{suggest(str(key), KEYS)}"
             )
-    cells = content["cells"]
-    against = content.get("against") or ()
-    against = (against,) if isinstance(against, str) else tuple(against)
+    cells = {str(cell): own for cell, own in content["cells"].items()}
+    if not cells:
+        raise InputError(f"expected cells in {name}, got none")
+    named = content.get("against") or []
+    against = tuple(map(str, named if isinstance(named, list) else [named]))
     for cell in (*(only or ()), *against):
         if cell not in cells:
             raise InputError(
@@ -127,7 +129,7 @@ def read_study(
         seeds,
         tuple(cell for cell in against if cell in chosen),
         tuple(
-            _cell(str(cell), shared, dict(given or {}), _typed(cells[cell], f"cell {cell!r}"))
+            _cell(cell, shared, dict(given or {}), _typed(cells[cell], f"cell {cell!r}"))
             for cell in chosen
         ),
     )

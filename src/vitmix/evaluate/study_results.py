@@ -82,7 +82,7 @@ def find_run(cell: Cell, seed: int, out: Path | None, store: Path | None) -> dic
 
 
 def check_images(results: Runs) -> None:
-    """Refuse runs that read their data in the same way and have other images.
+    """Refuse runs that read data of one name in the same way and have other images.
 
     The name of a run has no more of its data than the name of the folder.
 
@@ -93,7 +93,7 @@ def check_images(results: Runs) -> None:
     for cell, runs in results.items():
         for seed, run in runs.items():
             name, keys = f"{cell} seed {seed}", (*READING, "model", "pretrained", "init")
-            read = [run["config"].get(key) for key in keys]
+            read = [Path(run["data"]).name, *(run["config"].get(key) for key in keys)]
             other, first = known.setdefault(repr(read), (name, run))
             if run["data_fingerprint"] != first["data_fingerprint"]:
                 raise InputError(

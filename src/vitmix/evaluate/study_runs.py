@@ -40,6 +40,7 @@ from vitmix.train.checkpoint import LAST
 from vitmix.train.data import load_data, pretrained_statistics
 from vitmix.train.folder import MARKER
 from vitmix.train.methods import method_of
+from vitmix.train.parallel import Processes
 from vitmix.train.resume import finished_results
 from vitmix.train.run import Interrupted, train_run
 
@@ -71,11 +72,21 @@ def run_study(
         The results by cell and seed.
 
     Raises:
-        InputError: data or settings that do not fit, or runs on other images than the others.
+        InputError: data, settings or folders that do not fit, several processes a run, or runs on
+            other images than the others.
         VitmixError: some of the runs failed, or a process that trained was killed.
         Interrupted: Ctrl-C; what was begun goes on with the next call.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    for cell in study.cells:
+        if Processes.of(cell.config).count > 1:
+            raise InputError(
+                f"expected one process a run in a study, got several in cell {cell.name!r}; leave "
+                "--devices and --nodes out (--jobs trains runs side by side), or train each row "
+                "with vitmix train"
+            )
+    for option, folder in (("--results", store), ("--out", out)):
+        if folder is not None:
+            _make_folder(option, folder)
     results = find_runs_of(study, seeds, out, store)
     check_images(results)
     missing = _missing(study, seeds, out, results)
@@ -122,6 +133,15 @@ def run_study(
     return results
 
 
+def _make_folder(option: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"expected {option} to be a folder to write in, cannot make {folder}: {error.strerror}"
+        ) from error
+
+
 @dataclass(frozen=True)
 class _Task:
     """A run to train.
@@ -152,7 +172,7 @@ def _missing(study: Study, seeds: Sequence[int], out: Path, results: Runs) -> li
         for cell in cells:
             if seed not in results[cell.name]:
                 taught = cell.name != "none" and method_of(cell.config).needs_teacher
-                alike = cell.config.without_method() == cells[0].config.without_method()
+                alike = cell.config.without_method() == cells[0].config
                 tasks.append(_Task(cell, seed, out, plain if taught and alike else None))
     return [
         replace(task, label=f"[{number}/{len(tasks)}] {task.cell.name} seed {task.seed}  ")
