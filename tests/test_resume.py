@@ -163,6 +163,19 @@ def test_a_second_interrupt_stops_within_the_step(
     assert_same_run(alone, tmp_path / "run")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_on_a_gpu_goes_on_within_an_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(tmp_path, device="cuda")
+    with monkeypatch.context() as patch:
+        stop_after(patch, STEPS - 1, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted):
+            train_run(config, verbose=False)
+    assert train_run(config, resume=tmp_path / "run", verbose=False).results["epochs"] == EPOCHS
+
+
 # --- killed
 
 

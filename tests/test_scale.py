@@ -99,10 +99,16 @@ def test_every_test_image_counts_once(two: Path) -> None:
     assert right == pytest.approx(found["top1"], abs=1e-3)
 
 
-def test_shards_started_by_torchrun(one: Any, tmp_path: Path) -> None:
-    start(*options(tmp_path, devices=2, strategy="fsdp", name="run"), launcher=TORCHRUN)
-    assert_near(tmp_path / "run", one.results)
-    saved = read_checkpoint(tmp_path / "run" / "last.ckpt")
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("shards")
+    start(*options(out, devices=2, strategy="fsdp", name="run"), launcher=TORCHRUN)
+    return out / "run"
+
+
+def test_shards_started_by_torchrun(one: Any, shards: Path) -> None:
+    assert_near(shards, one.results)
+    saved = read_checkpoint(shards / "last.ckpt")
     expected = read_checkpoint(one.folder / "last.ckpt")
     for content in (saved, expected):
         content["averaged"] = content["vitmix"]["averaged"]
@@ -110,23 +116,28 @@ def test_shards_started_by_torchrun(one: Any, tmp_path: Path) -> None:
         shapes = [{key: value.shape for key, value in c[name].items()} for c in (saved, expected)]
         assert shapes[0] == shapes[1]
     assert (
-        json.loads(evaluate_checkpoint(str(tmp_path / "run"), json=True))["top1"]
-        == (results_of(tmp_path / "run")["top1"])
+        json.loads(evaluate_checkpoint(str(shards), json=True))["top1"]
+        == (results_of(shards)["top1"])
     )
 
 
-def test_two_processes_go_on_where_they_stopped(two: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("whole", "launcher"), [("two", None), ("shards", TORCHRUN)])
+def test_two_processes_go_on_where_they_stopped(
+    whole: str, launcher: list[str] | None, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    alone: Path = request.getfixturevalue(whole)
     folder = tmp_path / "again"
-    shutil.copytree(two, folder)
+    shutil.copytree(alone, folder)
     (folder / "results.json").unlink()
     (folder / "previous.ckpt").replace(folder / "last.ckpt")
-    start("train", "--resume", str(folder))
-    ends = [read_checkpoint(run / "last.ckpt") for run in (two, folder)]
-    for key, value in ends[0]["state_dict"].items():
-        assert torch.equal(ends[1]["state_dict"][key], value), key
+    start("train", "--resume", str(folder), launcher=launcher)
+    ends = [read_checkpoint(run / "last.ckpt") for run in (alone, folder)]
+    for state in ([end["state_dict"] for end in ends], [end["vitmix"]["averaged"] for end in ends]):
+        for key, value in state[0].items():
+            assert torch.equal(state[1][key], value), key
     assert len(ends[0]["random"]) == 2
     assert not torch.equal(*(state["torch"] for state in ends[0]["random"]))
-    tables = [csv.DictReader((run / "metrics.csv").open()) for run in (two, folder)]
+    tables = [csv.DictReader((run / "metrics.csv").open()) for run in (alone, folder)]
     losses = [[row["train/loss"] for row in table] for table in tables]
     assert losses[0] == losses[1]
 

@@ -214,8 +214,11 @@ class WeightAverage(Callback):
         task: MixingTask = pl_module  # type: ignore[assignment]
         return task.mixing.model.state_dict()
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start from the first weights, or go on with the average of a checkpoint."""
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start from the first weights, or go on with the average of a checkpoint.
+
+        At ``on_fit_start`` shards have not been read from a checkpoint yet.
+        """
         self.average = {
             key: placed_like(self.average.get(key, value), value)
             for key, value in self._state(pl_module).items()

@@ -212,7 +212,7 @@ class MixingTask(pl.LightningModule):
         for metric in (self.top1, self.top5, self.val_loss):
             metric.reset()
         if self._epoch_loss:
-            own = torch.stack(self._epoch_loss).mean()
+            own = torch.stack([loss.to(self.device) for loss in self._epoch_loss]).mean()
             entry["train/epoch_loss"] = float(mean_over_processes(own, torch.ones_like(own)))
         self.history.append(entry)
         self._write(entry, self.global_step)
@@ -253,6 +253,6 @@ class MixingTask(pl.LightningModule):
         stored = checkpoint["vitmix"]
         self.history = stored["history"]
         running = stored["running"][process_rank()]
-        self._sums = {key: value.to(self.device) for key, value in running["sums"].items()}
-        self._counts = running["counts"]
-        self._epoch_loss = [value.to(self.device) for value in running["epoch_loss"]]
+        # On the CPU: where this module will be, Lightning has not said yet.
+        self._sums, self._counts = running["sums"], running["counts"]
+        self._epoch_loss = running["epoch_loss"]
