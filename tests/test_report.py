@@ -16,6 +16,7 @@ from browser import content_without_complaint
 from vitmix.cli import main
 from vitmix.evaluate.report import write_report
 from vitmix.evaluate.runs import find_runs, sort_runs
+from vitmix.plots.curves import learning_curves
 from vitmix.train.config import TrainConfig
 
 CLASSES = ["cat", "dog", "a <b>bold</b> bird"]
@@ -52,6 +53,21 @@ def cells(page: str) -> list[list[str]]:
     """The text of every row of every table."""
     rows = re.findall(r"<tr.*?</tr>", page, re.DOTALL)
     return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in rows]
+
+
+def test_curves_are_means_of_the_same_epochs() -> None:
+    """A run that was tested less often, as ``--eval-epochs`` may change at any time."""
+    often = {"val/top1": [(1.0, 10.0), (2.0, 30.0), (3.0, 50.0), (4.0, 60.0)]}
+    seldom = {"val/top1": [(2.0, 40.0), (4.0, 70.0)]}
+    figure = learning_curves({"none": [often, seldom]}, {"val/top1": "top-1"})
+    (line,) = figure.axes[0].lines
+    assert [list(values) for values in line.get_data()] == [[2.0, 4.0], [35.0, 65.0]]
+
+
+def test_half_a_picture_is_left_out(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    (folder / "images" / "epoch-0002.tmp.png").write_bytes(b"what a kill has left")
+    assert write_report([folder], tmp_path / "report.html").is_file()
 
 
 def test_runs_that_differ_in_the_seed_are_one_row(tmp_path: Path) -> None:

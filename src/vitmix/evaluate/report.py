@@ -224,7 +224,7 @@ def _previews(kinds: Sequence[Kind]) -> Section | None:
 
 def _photographs(run: Run, count: int) -> list[Picture]:
     """Pictures of the first and the last epoch that has one, and of some between."""
-    files = sorted((run.folder / "images").glob("epoch-*.png"))
+    files = sorted((run.folder / "images").glob("epoch-*[0-9].png"))  # not what a kill left over
     if len(files) > count:
         files = [files[round(place)] for place in np.linspace(len(files) - 1, 0, count)[::-1]]
     return [

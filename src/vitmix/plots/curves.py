@@ -73,15 +73,15 @@ def learning_curves(
     for key, axis in panels:
         tops = []
         for index, (method, seeds) in enumerate(runs.items()):
-            series = [run[key] for run in seeds if key in run]
-            length = min((len(values) for values in series), default=0)
-            if not length:
+            series = [dict(run[key]) for run in seeds if key in run]
+            # Some may test less often than others.
+            epochs = sorted(set.intersection(*map(set, series))) if series else []
+            if not epochs:
                 continue
-            epochs = [series[0][place][0] for place in range(length)]
-            columns = [[values[place][1] for values in series] for place in range(length)]
+            columns = [[values[epoch] for values in series] for epoch in epochs]
             style = line_style(index)
             mean = [fmean(column) for column in columns]
-            if length == 1:  # no line can be seen
+            if len(epochs) == 1:  # no line can be seen
                 style["marker"] = "o"
             axis.plot(epochs, mean, label=method, **style)
             if len(series) > 1:
