@@ -16,7 +16,9 @@ from vitmix.plots.style import LIGHT, themed
 from vitmix.train.checkpoint import make_model
 from vitmix.train.data import ImageData, load_data
 from vitmix.train.folder import MARKER, claim_folder, replacing, write_json, write_text
+from vitmix.train.loading import check_crops
 from vitmix.train.methods import method_of, unused_options
+from vitmix.train.optimiser import parameter_groups
 from vitmix.train.parallel import Processes
 from vitmix.train.provenance import commit, versions
 from vitmix.train.recipes import settings_under
@@ -97,6 +99,7 @@ def compare(
             "train each method with vitmix train"
         )
     data = load_data(config)
+    check_crops(data, config)
     settled = {method: _settings_of(config, method) for method in methods}
     for chosen in settled.values():
         _try_method(chosen, data)
@@ -174,6 +177,7 @@ def _try_method(config: TrainConfig, data: ImageData) -> None:
         maps=data.maps,
     )  # fmt: skip
     try_step(mixing, data)
+    parameter_groups(mixing, config)  # refuses what the optimiser cannot do
 
 
 def _document(

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from vitmix.maps import TeacherMaps
     from vitmix.train.config import TrainConfig
 
-__all__ = ["Loader", "ignore_interrupt", "loading_processes", "make_augment", "make_loader"]
+__all__ = [
+    "Loader", "check_crops", "ignore_interrupt", "loading_processes", "make_augment", "make_loader",
+]  # fmt: skip
 
 Draw = tuple[int, int]  # row of the data set, seed of what is drawn while it is decoded
 
