@@ -233,8 +233,13 @@ def test_one_process_at_a_time_trains_a_run(tmp_path: Path) -> None:
     folder = claim_folder(str(tmp_path), "run", "run", False, {"seed": 0})
     with held(folder), pytest.raises(vitmix.InputError, match="in use by another"), held(folder):
         pass
-    with held(folder):  # it was let go
-        pass
+    with held(folder), pytest.raises(vitmix.InputError, match="in use by another"):
+        claim_folder(str(tmp_path), "run", "run", True, {"seed": 1})
+    below = claim_folder(str(folder), "teacher", "", False, {"seed": 0})
+    with held(below), pytest.raises(vitmix.InputError, match="teacher is in use by another"):
+        claim_folder(str(tmp_path), "run", "run", True, {"seed": 1})
+    assert claim_folder(str(tmp_path), "run", "run", True, {"seed": 1}) == folder  # it was let go
+    assert not below.exists()
 
 
 def test_stored_results_count_as_finished(

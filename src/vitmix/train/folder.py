@@ -36,7 +36,7 @@ def claim_folder(
     in one moment, so whatever stops the program, the folder is either a run's or not there.
 
     Raises:
-        InputError: the folder has contents and may not be replaced.
+        InputError: the folder has contents and may not be replaced, or a process trains in it.
     """
     parent = Path(out).expanduser()
     if parent.exists() and not parent.is_dir():
@@ -57,6 +57,9 @@ def claim_folder(
                 f"expected an earlier run to overwrite, {folder} holds something else; "
                 "choose another --name"
             )
+        for marker in folder.rglob(MARKER):  # of runs below, too: of a comparison, or a teacher's
+            with held(marker.parent):
+                pass
         shutil.rmtree(folder)
     return _make(folder, settings)
 
