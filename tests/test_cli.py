@@ -232,6 +232,8 @@ BAD_OPTIONS = [
     (["compare", "--methods", "none,none"], "different methods"),
     (["compare", "--methods", "none,cutmx"], "did you mean 'cutmix'"),
     (["compare", "--seeds", "x"], "--seeds"),
+    (["compare", "--data", "fake", "--ratio", "0.8", "1.2"], "expected --scale with --ratio"),
+    (["compare", "--data", "fake", "--layer-decay", "0.9"], "a timm model for --layer-decay"),
     (["demo", "--out", "."], "a folder of its own"),
 ]
 
@@ -317,6 +319,17 @@ def test_broken_loss_is_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[s
     err = capsys.readouterr().err
     assert "vitmix: error: the loss became" in err
     assert "in step 2" in err
+
+
+def test_an_interrupt_says_no_more_than_is_known(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(**options: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vitmix.evaluate.checkpoint.evaluate_checkpoint", interrupted)
+    assert main(["evaluate", "runs/some"]) == 130
+    assert capsys.readouterr().err == "vitmix: interrupted\n"
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt as stop:
-        return _fail(f"interrupted; {stop or 'nothing was trained yet'}", 130, debug)
+        return _fail("; ".join(filter(None, ("interrupted", str(stop)))), 130, debug)
     except (InputError, UnsupportedModelError) as error:
         return _fail(f"error: {error}", 2, debug)
     except VitmixError as error:
