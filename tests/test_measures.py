@@ -27,6 +27,7 @@ from vitmix.evaluate import measures
 from vitmix.evaluate.checkpoint import evaluate_model, open_run
 from vitmix.evaluate.measured import MEASURES, chosen_measures
 from vitmix.evaluate.measures import Subject, inside_box, occluded, reliability
+from vitmix.evaluate.study_results import measures_in, taken_on
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -243,12 +244,12 @@ def test_corruptions_at_every_severity() -> None:
 # --- the command
 
 
-def boxed_parquet(path: Path, rows: int) -> None:
+def boxed_parquet(path: Path, rows: int, width: int = 32) -> None:
     rng = np.random.default_rng(rows)
     images, boxes = [], []
     for _ in range(rows):
         buffer = io.BytesIO()
-        pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        pixels = rng.integers(0, 256, (32, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(buffer, format="PNG")
         images.append({"bytes": buffer.getvalue(), "path": None})
         left, top = rng.integers(0, 16, 2).tolist()
@@ -312,6 +313,23 @@ def test_other_data_is_tested_on_as_it_comes(run: Path, tmp_path: Path) -> None:
     held_out = open_run(str(tmp_path / "held-out"))
     assert len(held_out.data.test) == 8
     assert len(open_run(str(tmp_path / "held-out"), data=str(tmp_path)).data.test) == 4
+
+
+def test_measures_of_another_split_or_with_boxes_cut_off(tmp_path: Path) -> None:
+    """The first are not the run's own; the second were taken on all images."""
+    for split in ("train", "test", "val"):
+        boxed_parquet(tmp_path / f"{split}.parquet", 8, 72)  # the middle 32 columns are seen
+    settings = ["--model", "cct_2_3x2_32", "--epochs", "1", "--batch-size", "8"]
+    settings += ["--img-size", "32", "--out", str(tmp_path), "--name", "run"]
+    assert main(["train", "--data", str(tmp_path), *settings]) == 0
+    run = tmp_path / "run"
+    command = ["evaluate", str(run), "--measures", "localisation"]
+    assert main(command) == 0
+    found = measures_in(run)["localisation"]
+    assert found["images"] < 8
+    assert taken_on(found) == 8
+    assert main([*command, "--test-split", "val"]) == 0
+    assert measures_in(run) == {}
 
 
 @pytest.mark.parametrize(

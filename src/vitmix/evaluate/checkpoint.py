@@ -192,8 +192,8 @@ def evaluate_checkpoint(
     if names is None:
         return _as_json(asdict(scores)) if json else _in_words(scores)
     found = {
-        "run": str(path), "data": opened.config.data, "commit": commit(), **asdict(scores),
-        **(keep or {}),
+        "run": str(path), "data": opened.config.data, "test_split": opened.config.test_split,
+        "commit": commit(), **asdict(scores), **(keep or {}),
     }  # fmt: skip
     for name, figures in measure(opened, names, limit):
         found[name] = figures

@@ -106,7 +106,9 @@ def _plainly(
 
 def _localisation(run: OpenedRun, subject: measures.Subject) -> Figures:
     rows = run.data.test.rows.tolist()
-    return measures.localisation(subject, _with_boxes(run, _records_with_boxes(run.config), rows))
+    boxed = _with_boxes(run, _records_with_boxes(run.config), rows)
+    found = measures.localisation(subject, boxed)
+    return {**found, "left_out": len(rows) - found["images"]}
 
 
 def _records_with_boxes(config: TrainConfig) -> Records:

@@ -111,15 +111,17 @@ def measures_in(folder: Path) -> dict[str, Any]:
     if run is None or not found:
         return {}
     same = Path(found["run"]).name == folder.name  # not a checkpoint in it
-    if not same or Path(found["data"]).name != Path(run["data"]).name:
+    same &= Path(found["data"]).name == Path(run["data"]).name
+    split = run["config"].get("test_split")
+    if not same or found.get("test_split", split) != split:
         return {}
     return {name: found[name] for name in (*MEASURES, "commit") if name in found}
 
 
 def taken_on(measure: dict[str, Any]) -> int:
-    """How many images a measure was taken on."""
+    """How many images a measure was taken on, with those whose box is cut off."""
     if "images" in measure:
-        return int(measure["images"])
+        return int(measure["images"]) + int(measure.get("left_out", 0))
     return sum(each["images"] for each in measure["bins"])
 
 
