@@ -386,6 +386,18 @@ def test_cells_may_be_named_by_numbers(study: str) -> None:
     assert [cell.name for cell in read_study(study, only=["0.5"]).cells] == ["0.5"]
 
 
+def test_a_method_in_a_file_is_another_one_when_the_file_changes(
+    study: str, tmp_path: Path
+) -> None:
+    method = tmp_path / "method.yaml"
+    Path(study).write_text(STUDY.replace("{method: tl-align}", f"{{method: {method}}}"))
+    folders = []
+    for alpha in (0.5, 0.5, 1.0):
+        method.write_text(f"mix: {{name: cutmix, alpha: {alpha}}}")
+        folders.append(read_study(study).cells[1].folder(0))
+    assert folders[0] == folders[1] != folders[2]
+
+
 def parts(name: str, **given: object) -> dict[str, tuple[str, object]]:
     return {
         cell.name: (method_name(cell.config), cell.config.tau)

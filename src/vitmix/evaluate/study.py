@@ -40,7 +40,8 @@ class Cell:
     def digest(self, seed: int) -> str:
         """Changes with every setting that the numbers depend on and that has not its default.
 
-        So new settings leave it as it is. Of data's place only the last name counts.
+        So new settings leave it as it is. Of data's place only the last name counts; of a method
+        in a file also what the file says.
         """
         config = replace(self.config, seed=seed, data=Path(self.config.data).name)
         defaults = {entry.name: entry.default for entry in fields(config)}
@@ -49,6 +50,8 @@ class Cell:
             for key, value in config.to_dict().items()
             if key == "seed" or (key not in OF_ONE_RUN and value != defaults[key])
         }
+        if config.method.endswith((".yaml", ".yml")):
+            kept["stages"] = repr(method_of(config))
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
     def folder(self, seed: int) -> str:
