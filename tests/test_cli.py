@@ -200,6 +200,10 @@ BAD_OPTIONS = [
     (["train", "--mix", "{name: cutmix, alfa: 1}"], "got 'alfa'; did you mean 'alpha'"),
     (["train", "--tokens", "[horizontal, diagonal]"], "got 'diagonal'"),
     (["train", "--labels", "algined"], "did you mean 'aligned'"),
+    (["train", "--mix", "[{name: [cutmix]}]"], "got ['cutmix']"),
+    (["train", "--mix", "{name: one-of, draw: element}"], "expected `mixers` for one-of in --mix"),
+    (["train", "--tokens", "{name: horizontal, args: 3}"], "expected `args` of horizontal in --to"),
+    (["train", "--warmup-epochs", "inf"], "--warmup-epochs to be finite, got inf"),
     (["train", "--max-steps", "0"], "--max-steps to be at least 1"),
     (["train", "--aa", "auto"], "--aa to be none, trivial or rand"),
     (["train", "--method", "cutmx"], "got 'cutmx'; did you mean 'cutmix'"),
@@ -235,6 +239,7 @@ BAD_OPTIONS = [
     (["compare", "--data", "fake", "--ratio", "0.8", "1.2"], "expected --scale with --ratio"),
     (["compare", "--data", "fake", "--layer-decay", "0.9"], "a timm model for --layer-decay"),
     (["demo", "--out", "."], "a folder of its own"),
+    (["demo", "--epochs", "0"], "--epochs to be at least 1, got 0"),
 ]
 
 
@@ -264,12 +269,13 @@ def test_bad_input_is_one_line_and_status_2(
         ("epochs: many", "--epochs to be a whole number, got 'many'"),
         ("epochs: [", "valid YAML"),
         ("scale: [0.5]", "--scale to be 2 rising numbers"),
+        ("name: \xff", "--config to be valid YAML, got: 'utf-8' codec"),
     ],
 )
 def test_bad_settings_files(
     tmp_path: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "bad.yaml").write_text(text)
+    (tmp_path / "bad.yaml").write_bytes(text.encode("latin-1"))
     assert main(["train", "--config", str(tmp_path / "bad.yaml")]) == 2
     assert message in one_line(capsys)
 

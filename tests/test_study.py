@@ -370,6 +370,12 @@ def test_files_that_are_wrong(study: str, change: tuple[str, str], message: str)
         read_study(study)
 
 
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_bytes(b"\xff")
+    with pytest.raises(vitmix.InputError, match="expected YAML in"):
+        read_study(str(tmp_path / "study.yaml"))
+
+
 def test_text_in_a_file_is_what_its_setting_says(study: str) -> None:
     path = Path(study)
     path.write_text(STUDY.replace("epochs: 1", "epochs: 1, lr: 1e-3").replace("[none]", "none"))

@@ -180,6 +180,10 @@ def test_turns_of_pixel_mixes_have_timms_options() -> None:
     listed = build("none", mix=spec).mix
     assert isinstance(listed, vitmix.OneOf)
     assert (listed.weights, listed.pairing) == ([0.75, 0.25], "flip")
+    alone = {"name": "one-of", "mixers": ["cutmix"], "prob": 0.5}
+    for given, draw in (({}, "batch"), ({"mixup_mode": "elem"}, "element")):
+        only = build("none", mix=alone, **given).mix
+        assert (only.prob, only.draw) == (0.5, draw)
 
 
 def test_stages_of_a_method_can_be_replaced() -> None:

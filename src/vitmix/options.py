@@ -150,6 +150,8 @@ class Parser:
             if len(quiet) < len(words):
                 self.parser.set_defaults(base)
                 self.parser.parse_args(words)  # prints, and ends the program
+        except UnicodeDecodeError as error:
+            raise InputError(f"expected --config to be valid YAML, got: {error}") from error
         except argparse.ArgumentError as error:
             raise InputError(self._explain(str(error))) from error
         plain: dict[str, Any] = self.defaults | base | given

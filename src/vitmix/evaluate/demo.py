@@ -34,7 +34,7 @@ def demo(out: str, *, epochs: int | None = None) -> Path:
     """
     folder = Path(out).expanduser()
     settings = TrainConfig.from_dict(SETTINGS.to_dict())
-    settings.epochs = epochs or settings.epochs
+    settings.epochs = settings.epochs if epochs is None else epochs
     settings.out, settings.name, settings.overwrite = str(folder.parent), folder.name, True
     if folder.name in ("", ".", ".."):
         raise InputError(f"expected --out to be a folder of its own, got {out!r}")

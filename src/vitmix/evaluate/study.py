@@ -102,7 +102,7 @@ def read_study(
         content = yaml.safe_load(text)
     except OSError as error:
         raise InputError(f"expected a study in {name}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"expected YAML in {name}: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("cells"), dict):
         raise InputError(f"expected keys {', '.join(KEYS)} in {name}, with cells by name")

@@ -351,8 +351,9 @@ class TrainConfig:
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise InputError(f"expected {_dashed(name)} to be at least {least}, got {value}")
+            if value is not None and not least <= value < math.inf:
+                bound = "finite" if value == math.inf else f"at least {least}"
+                raise InputError(f"expected {_dashed(name)} to be {bound}, got {value}")
         for name in ("lr", "alpha", "clip_grad", "color_jitter"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):

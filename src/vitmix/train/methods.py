@@ -224,7 +224,7 @@ def _with_options(spec: MethodSpec, config: TrainConfig) -> MethodSpec:
                 f"expected two pixel mixes for --mixup-switch-prob to choose from, got {len(mix)}"
             )
         drawn["weights"] = [1 - config.mixup_switch_prob, config.mixup_switch_prob]
-    if len(mix) == 1:
+    if len(mix) == 1 and not spec.turns:
         return dataclasses.replace(
             spec, mix=(dataclasses.replace(mix[0], args=mix[0].args | drawn),)
         )
@@ -266,6 +266,8 @@ def _read_mix(value: Any, where: str) -> tuple[tuple[Part, ...], dict[str, Any]]
         (whole,) = _parts(value, where, {"one-of": "OneOf"})
         turns = dict(whole.args)
         value = turns.pop("mixers", None)
+        if not value:
+            raise InputError(f"expected `mixers` for one-of in {where}, got {value!r}")
     parts = _parts(value, where, MIXES)
     for part in parts if len(parts) > 1 else ():
         for option in {"draw", "pairing"} & set(part.args):
@@ -293,13 +295,17 @@ def _parts(value: Any, where: str, known: dict[str, str]) -> list[Part]:
         name = entry.get("name") if isinstance(entry, dict) else None
         if name == "none":
             continue
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise InputError(
                 f"expected {where} to name one of {', '.join(known)}, "
                 f"got {name!r}{suggest(str(name), known)}"
             )
-        args, own = dict(entry.get("args") or {}), entry.get("class")
-        args |= {key: given for key, given in entry.items() if key not in ("name", "args", "class")}
+        entry = dict(entry)
+        del entry["name"]
+        args, own = entry.pop("args", None) or {}, entry.pop("class", None)
+        if not isinstance(args, dict):
+            raise InputError(f"expected `args` of {name} in {where} by name, got {args!r}")
+        args = args | entry
         found = getattr(vitmix, known[name]) if own is None else own_class(own, known[name], where)
         accepted = set(inspect.signature(found).parameters) - {"teacher", "maps"}
         for option in args:

@@ -106,7 +106,7 @@ def build_mixing(
             args["alpha"] = config.alpha
         mixers.append(_make(MIXES[part.name], args, part.own))
     mix = None if not mixers else mixers[0]
-    if len(mixers) > 1:
+    if len(mixers) > 1 or (mixers and spec.turns):
         mix = _make("OneOf", {"mixers": mixers} | spec.turns)
     args = dict(spec.labels.args)
     if spec.needs_teacher:
