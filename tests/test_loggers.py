@@ -20,9 +20,11 @@ from vitmix.cli import main
 from vitmix.functional import HorizontalPlan
 from vitmix.plots.examples import telling_examples
 from vitmix.step import MixTrace
+from vitmix.train import run as run_module
 from vitmix.train.config import TrainConfig
 from vitmix.train.data import load_data
 from vitmix.train.loggers import make_loggers
+from vitmix.train.module import NonFiniteLossError
 from vitmix.train.run import RunResult, train_run
 from vitmix.train.speed import Speed
 
@@ -132,6 +134,19 @@ def test_wandb_offline(tmp_path: Path, run: RunResult, monkeypatch: pytest.Monke
     folder = train_run(config, data=run.data, verbose=False).folder
     assert list((folder / "wandb").glob("offline-run-*"))
     assert json.loads((folder / "loggers.json").read_text()).keys() == {"wandb"}
+
+
+def test_loggers_are_closed_behind_a_run_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B would write the next run of a study into it."""
+    closed: list[Any] = []
+    monkeypatch.setattr(run_module, "close_loggers", closed.extend)
+    config = small(tmp_path, data="fake:3x16x32", method="none", tau=None, batch_size=8)
+    broken = replace(config, lr=1e30, clip_grad=None, warmup_epochs=0)
+    with pytest.raises(NonFiniteLossError):
+        train_run(broken, verbose=False)
+    assert len(closed) == 2
 
 
 @pytest.mark.parametrize(

@@ -222,8 +222,10 @@ def _train_run(
     if teacher is not None:
         teacher.to(trainer.strategy.root_device)  # labels hold it, no module does
     test = make_loader(data, config, train=False, processes=processes)
-    _fit(trainer, task, loader, test, checkpoints, path)
-    close_loggers(trainer.loggers)
+    try:
+        _fit(trainer, task, loader, test, checkpoints, path)
+    finally:  # the next run of this process may come behind one that failed
+        close_loggers(trainer.loggers)
     if teacher is not None:
         teacher.cpu()  # as Lightning does with everything else
     results = _results(config, data, task, checkpoints)
