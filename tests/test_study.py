@@ -203,6 +203,15 @@ def test_a_run_that_fails_does_not_keep_the_others_from_being_trained(
         assert "| both |" in (out / "study.md").read_text()
 
 
+def test_a_row_that_does_not_fit_is_refused_before_any_is_trained(
+    study: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(study).write_text(STUDY.replace("vertical]", "{name: vertical, kappa: 99}]"))
+    assert main(["study", study, "--out", str(tmp_path / "runs")]) == 2
+    assert "cell 'both' cannot be trained: expected `kappa`" in capsys.readouterr().err
+    assert not list((tmp_path / "runs").iterdir())
+
+
 @pytest.mark.parametrize(
     ("plain", "taught", "model"),
     [

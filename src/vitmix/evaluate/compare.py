@@ -14,17 +14,15 @@ from vitmix.evaluate.table import as_markdown, as_text, header, summarise, table
 from vitmix.plots.curves import learning_curves, read_metrics
 from vitmix.plots.style import LIGHT, themed
 from vitmix.train.checkpoint import make_model
-from vitmix.train.data import ImageData, load_data
+from vitmix.train.data import load_data
 from vitmix.train.folder import MARKER, claim_folder, replacing, write_json, write_text
-from vitmix.train.loading import check_crops
 from vitmix.train.methods import method_of, unused_options
-from vitmix.train.optimiser import parameter_groups
 from vitmix.train.parallel import Processes
 from vitmix.train.provenance import commit, versions
 from vitmix.train.recipes import settings_under
-from vitmix.train.run import Interrupted, check_config, default_name, train_run, try_step
-from vitmix.train.stages import build_mixing
+from vitmix.train.run import Interrupted, check_config, default_name, train_run
 from vitmix.train.transfer import load_start, read_start
+from vitmix.train.trial import try_method
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -99,10 +97,9 @@ def compare(
             "train each method with vitmix train"
         )
     data = load_data(config)
-    check_crops(data, config)
     settled = {method: _settings_of(config, method) for method in methods}
     for chosen in settled.values():
-        _try_method(chosen, data)
+        try_method(chosen, data)
     if config.init is not None and resume is None:
         model = make_model(config, len(data.classes), data.img_size)
         load_start(model, read_start(config.init), data.classes)
@@ -166,18 +163,6 @@ def _settings_of(config: TrainConfig, method: str) -> TrainConfig:
     """The settings for one of several methods: without options that only others use."""
     spec = method_of(replace(config, method=method))
     return replace(config.without(unused_options(spec)), method=method)
-
-
-def _try_method(config: TrainConfig, data: ImageData) -> None:
-    """Build the model and the method once, so that a mistake shows before the first run."""
-    model = make_model(config, len(data.classes), data.img_size)
-    teacher = model if method_of(config).needs_teacher else None
-    mixing = build_mixing(
-        model, config, num_classes=len(data.classes), img_size=data.img_size, teacher=teacher,
-        maps=data.maps,
-    )  # fmt: skip
-    try_step(mixing, data)
-    parameter_groups(mixing, config)  # refuses what the optimiser cannot do
 
 
 def _document(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -42,7 +42,8 @@ from vitmix.train.folder import MARKER
 from vitmix.train.methods import method_of
 from vitmix.train.parallel import Processes
 from vitmix.train.resume import finished_results
-from vitmix.train.run import Interrupted, train_run
+from vitmix.train.run import Interrupted, check_config, train_run
+from vitmix.train.trial import try_method
 
 if TYPE_CHECKING:
     from vitmix.evaluate.study import Cell, Study
@@ -92,6 +93,7 @@ def run_study(
     missing = _missing(study, seeds, out, results)
     count = len(seeds) * len(study.cells)
     print(f"study   {study.name}: {count} runs, {len(missing)} to train, in {out}", flush=True)
+    _try_rows({task.cell.name: task.cell for task in missing}.values())
 
     def finished(task: _Task) -> None:
         run = find_run(task.cell, task.seed, out, store)
@@ -140,6 +142,16 @@ def _make_folder(option: str, folder: Path) -> None:
         raise InputError(
             f"expected {option} to be a folder to write in, cannot make {folder}: {error.strerror}"
         ) from error
+
+
+def _try_rows(cells: Iterable[Cell]) -> None:
+    """Refuse a row that does not fit its model or data before the first one is trained."""
+    for cell in cells:
+        try:
+            check_config(cell.config)
+            try_method(cell.config, _data(cell.config))
+        except VitmixError as error:
+            raise InputError(f"cell {cell.name!r} cannot be trained: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ from vitmix.train.saving import (
 from vitmix.train.stages import build_mixing
 from vitmix.train.teachers import named_teacher
 from vitmix.train.transfer import freeze_backbone, load_start, normalised, read_start
+from vitmix.train.trial import try_step
 from vitmix.weights import listed
 
 if TYPE_CHECKING:
@@ -58,7 +59,6 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
     from torch import nn
 
-    from vitmix import MixingModel
     from vitmix.train.config import TrainConfig
 
 __all__ = [
@@ -67,7 +67,6 @@ __all__ = [
     "check_config",
     "default_name",
     "train_run",
-    "try_step",
 ]
 
 
@@ -292,17 +291,6 @@ def check_config(config: TrainConfig) -> None:
         raise InputError("expected a GPU for --precision fp16, got the CPU; use bf16 or fp32")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-
-
-def try_step(mixing: MixingModel, data: ImageData) -> None:
-    """One forward pass on blank images, so that what does not fit shows before anything is made."""
-    mixing.train()
-    side = data.img_size
-    before = [buffer.clone() for buffer in mixing.buffers()]
-    maps = torch.zeros(2, dtype=torch.long) if mixing.labels.needs_maps else None
-    mixing(torch.zeros(2, 3, side, side), torch.tensor([0, 1]), maps=maps)
-    for buffer, value in zip(mixing.buffers(), before, strict=True):
-        buffer.copy_(value)  # running means and thresholds start with real images
 
 
 def default_name(*parts: str) -> str:
