@@ -194,6 +194,7 @@ BAD_OPTIONS = [
     (["train", "--layer-decay", "0.9"], "a timm model for --layer-decay"),
     (["train", "--model-kwargs", "{deep: 1}"], "--model-kwargs to be arguments of cct_2_3x2_32"),
     (["train", "--mixup", "-1"], "--mixup to be at least 0"),
+    (["train", "--seed", str(2**63)], "--seed to be less than 2**32"),
     (["train", "--mixup", "1", "--mixup-prob", "2"], "--mixup-prob to be between 0 and 1"),
     (["train", "--mixup-mode", "all"], "--mixup-mode to be one of batch, pair, elem"),
     (["train", "--mix", "cutmx"], "--mix to name one of mixup, cutmix, tokenmix, got 'cutmx'"),

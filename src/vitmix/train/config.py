@@ -354,6 +354,8 @@ class TrainConfig:
             if value is not None and not least <= value < math.inf:
                 bound = "finite" if value == math.inf else f"at least {least}"
                 raise InputError(f"expected {_dashed(name)} to be {bound}, got {value}")
+        if self.seed >= 2**32:
+            raise InputError(f"expected --seed to be less than 2**32, got {self.seed}")
         for name in ("lr", "alpha", "clip_grad", "color_jitter"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
