@@ -224,7 +224,6 @@ def test_tau_and_quantiles_are_logged(run: Path) -> None:
         (["mixing", "RUN", "--block", "1"], "no --block"),
         (["saliency", "RUN", "--block", "7"], "--block from 0 to 1"),
         (["mixing", "RUN", "--out", "a.xyz"], "ends in one of"),
-        (["fluctuation", "RUN", *LOOK[2:], "--batch-size", "1"], "mixes none"),
     ],
 )
 def test_bad_input(
@@ -239,3 +238,11 @@ def test_bad_input(
     err = capsys.readouterr().err
     assert words in err
     assert err.count("\n") == 1
+
+
+def test_a_draw_that_mixes_nothing(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vitmix.evaluate.figures.choose_rows", lambda *given: [])
+    assert main(["figure", "fluctuation", str(run), *LOOK]) == 2
+    assert "seed 0 mixes none" in capsys.readouterr().err

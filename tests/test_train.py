@@ -399,7 +399,7 @@ def test_average_follows_its_definition() -> None:
 
     holder: Any = Holder()
     average = WeightAverage(0.5)
-    average.on_fit_start(None, holder)  # type: ignore[arg-type]
+    average.on_train_start(None, holder)  # type: ignore[arg-type]
     expected = holder.mixing.model.weight.detach().clone()
     for step in range(12):
         with torch.no_grad():

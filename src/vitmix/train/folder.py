@@ -102,7 +102,6 @@ def held(folder: Path) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    read_settings(folder)
     with (folder / MARKER).open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

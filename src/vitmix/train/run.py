@@ -24,7 +24,7 @@ from vitmix.train.checkpoint import (
     read_checkpoint,
 )
 from vitmix.train.data import ImageData, load_data
-from vitmix.train.folder import MARKER, claim_folder, held, write_json
+from vitmix.train.folder import MARKER, claim_folder, held, read_settings, write_json
 from vitmix.train.loading import check_crops, make_augment, make_loader
 from vitmix.train.loggers import check_loggers, close_loggers, make_loggers
 from vitmix.train.methods import method_name, method_of
@@ -137,6 +137,7 @@ def _train_run(
     """See :func:`train_run`; ``locks`` keep the folder until they are closed."""
     verbose &= processes.first
     if resume is not None and processes.first:
+        read_settings(resume)
         locks.enter_context(held(resume))
     spec = method_of(config)
     path, saved = (newest_checkpoint(resume) if resume is not None else None) or (None, None)
