@@ -12,7 +12,7 @@ __all__ = ["METHODS", "demo"]
 
 METHODS = ("none", "cutmix", "tokenmix", "tl-align", "tokenmixup")
 
-# Few training images, so that regularisation matters; enough epochs for all methods to settle.
+# Few training images, so that regularisation matters; few epochs, so that it takes minutes.
 SETTINGS = TrainConfig(
     data="digits",
     train_limit=600,
