@@ -122,25 +122,35 @@ def test_defaults_are_the_published_ones_scaled(
     assert tuple(stage.block for stage in stages) == blocks
     if rho is not None:
         assert stages[0].rho == pytest.approx(rho)
-        assert stages[0].tau == 2.0
+        assert stages[0].tau == 1.0  # of the released CIFAR-10 configurations
         assert (stages[0].scorenet_weight, stages[0].stop_gradient) == (0.001, False)
     if kappa is not None:
         assert stages[-1].kappa == kappa
 
 
-def test_class_token_models_get_the_published_imagenet_setting() -> None:
-    model = create_model("vit_tiny_patch16_224", num_classes=10, img_size=224)
-    config = TrainConfig(method="tokenmixup", smoothing=0.0)
-    mixing = build_mixing(model, config, num_classes=10, img_size=224)
+@pytest.mark.parametrize(("classes", "tau"), [(10, 1.0), (100, 2.0)])
+def test_tau_is_the_published_one_for_as_many_classes(classes: int, tau: float) -> None:
+    model = create_model("cct_7_3x1_32", num_classes=classes)
+    config = TrainConfig(method="tokenmixup-h")
+    mixing = build_mixing(model, config, num_classes=classes, img_size=32)
+    assert mixing.tokens[0].tau == tau
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_class_token_models_get_the_published_imagenet_setting(smoothing: float) -> None:
+    model = create_model("vit_tiny_patch16_224", num_classes=1000, img_size=224)
+    config = TrainConfig(method="tokenmixup", smoothing=smoothing)
+    mixing = build_mixing(model, config, num_classes=1000, img_size=224)
     horizontal, vertical = mixing.tokens
-    assert (horizontal.block, horizontal.tau) == (3, 1.0)
+    smoothed = vitmix.functional.smooth_targets(torch.tensor([0]), 1000, smoothing)
+    least = (
+        float(vitmix.functional.soft_cross_entropy(smoothed.log(), smoothed)) if smoothing else 0
+    )
+    assert horizontal.block == 3
+    assert horizontal.tau == pytest.approx(1.0 + least, abs=1e-3)  # published without smoothing
     assert horizontal.rho == pytest.approx(0.01)  # type: ignore[operator]
     assert (horizontal.stop_gradient, horizontal.scorenet_weight) == (True, 1.0)
     assert (vertical.block, vertical.kappa) == (4, 3)
-    mixing = build_mixing(model, replace(config, smoothing=0.1), num_classes=1000, img_size=224)
-    smoothed = vitmix.functional.smooth_targets(torch.tensor([0]), 1000, 0.1)
-    least = float(vitmix.functional.soft_cross_entropy(smoothed.log(), smoothed))
-    assert mixing.tokens[0].tau == pytest.approx(1.0 + least)  # the published one had no smoothing
 
 
 def mixes(config: TrainConfig) -> list[tuple[str, float]]:

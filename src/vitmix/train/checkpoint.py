@@ -89,10 +89,11 @@ def make_model(config: TrainConfig, num_classes: int, img_size: int) -> nn.Modul
 def make_facts(
     config: TrainConfig,
     data: ImageData,
+    tokens: list[str],
     teacher: nn.Module | None = None,
     init: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Plain values that go into every checkpoint of a run."""
+    """Plain values that go into every checkpoint of a run; ``tokens`` are its token stages."""
     import vitmix
 
     return {
@@ -113,6 +114,7 @@ def make_facts(
                 if tensor is not None
             ),
             "method": repr(method_of(config)),
+            "token stages": tokens,
             "teacher": None if teacher is None else fingerprint(teacher.state_dict().values()),
             "maps": None if data.maps is None else repr(data.maps.facts),
         },

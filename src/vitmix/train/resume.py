@@ -79,7 +79,7 @@ def check_origin(before: dict[str, Any], now: dict[str, Any]) -> None:
     for key, value in before["made_from"].items():
         if now["made_from"][key] != value:
             raise InputError(
-                f"expected the {key} that the run began with, it is another one now; "
+                f"expected the {key} that the run began with, now there is something else; "
                 f"bring the old {key} back, or train anew without --resume"
             )
     for key, value in before["made_on"].items():

@@ -47,7 +47,7 @@ from vitmix.train.saving import (
     WholeFiles,
     restored_signals,
 )
-from vitmix.train.stages import build_mixing
+from vitmix.train.stages import build_mixing, token_settings
 from vitmix.train.teachers import named_teacher
 from vitmix.train.transfer import freeze_backbone, load_start, normalised, read_start
 from vitmix.train.trial import try_step
@@ -187,7 +187,7 @@ def _train_run(
             print(f"resume  after step {steps}", flush=True)
     if teacher is not None and config.teacher == "auto":
         _fill_teacher(teacher, config, data, teacher_run, folder, label, processes)
-    facts = make_facts(config, data, teacher, init)
+    facts = make_facts(config, data, token_settings(mixing), teacher, init)
     if saved is not None:
         check_origin(saved["vitmix"], facts)
     loader = make_loader(data, config, train=True, processes=processes)
@@ -260,6 +260,7 @@ def _results(
         "epochs": int(last["epoch"]),
         "steps": task.steps,
         "method": method_name(config),
+        "token_stages": task.facts["made_from"]["token stages"],
         "model": config.model,
         "data": config.data,
         "data_fingerprint": task.facts["made_from"]["data"],
@@ -320,6 +321,8 @@ def _announce(
         names = [name for name, value in mixing.model.named_parameters() if value.requires_grad]
         print(f"probe   only {listed(names)} learn")
     print(f"method  {method_name(config)}")
+    for stage in mixing.tokens:
+        print(f"        {type(stage).__name__}: {stage.extra_repr()}")
     print(f"folder  {folder}", flush=True)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from vitmix.maps import TeacherMaps
     from vitmix.train.config import TrainConfig
 
-__all__ = ["build_mixing"]
+__all__ = ["build_mixing", "token_settings"]
 
 
 @dataclass(frozen=True)
@@ -37,24 +39,26 @@ class ModelFacts:
     depth: int
     tokens: int
     class_token: bool
-    least_loss: float
+    num_classes: int
+    smoothing: float
 
     @classmethod
-    def of(cls, model: nn.Module, img_size: int, least_loss: float) -> ModelFacts:
-        """Read them off a model; ``least_loss`` is what label smoothing leaves of any loss."""
+    def of(cls, model: nn.Module, img_size: int, num_classes: int, smoothing: float) -> ModelFacts:
+        """Read them off a model."""
         import vitmix
 
         backbone = vitmix.describe(model)
         height, width = backbone.grid((img_size, img_size))
-        return cls(backbone.depth, height * width, backbone.class_token, least_loss)
+        return cls(backbone.depth, height * width, backbone.class_token, num_classes, smoothing)
 
 
 def token_defaults(part: str, both: bool, facts: ModelFacts) -> dict[str, Any]:
-    """Published settings of a token stage, scaled to a model.
+    """Published settings of a token stage, scaled to a model and to the number of classes.
 
     CCT-7 (7 blocks, 256 tokens): horizontal at block 2, or 3 together with vertical at block 2;
-    tau 2.0, rho 0.005; kappa 80 alone, 3 together. Models with a class token (12 blocks, 196
-    tokens): both at block 3, together at 3 and 4; tau 1.0, rho 0.01, kappa 3. Saliency sums to 1,
+    rho 0.005; kappa 80 alone, 3 together; tau 1.0 for 10 classes, 2.0 for 100, the logarithm to
+    base 10. Models with a class token (12 blocks, 196 tokens): both at block 3, together at 3 and
+    4; rho 0.01, kappa 3; tau 1.0 for 1,000 classes, a third of the logarithm. Saliency sums to 1,
     so rho goes with 1 / tokens. The latter were published without label smoothing, so that tau
     counts from the least loss that smoothing leaves: of 1,000 classes none would be below 1.0.
     """
@@ -70,14 +74,16 @@ def token_defaults(part: str, both: bool, facts: ModelFacts) -> dict[str, Any]:
             return {"block": at(4 / 12 if both else 3 / 12), "kappa": min(3, facts.tokens)}
         kappa = 3 if both else round(80 / 256 * facts.tokens)
         return {"block": at(2 / 7), "kappa": min(max(1, kappa), facts.tokens)}
+    tau = math.log10(facts.num_classes)
     if facts.class_token:
+        tau = tau / 3 + least_cross_entropy(facts.num_classes, facts.smoothing)
         return {
-            "block": at(3 / 12), "tau": 1.0 + facts.least_loss, "rho": 0.01 * 196 / facts.tokens,
+            "block": at(3 / 12), "tau": round(tau, 4), "rho": 0.01 * 196 / facts.tokens,
             "stop_gradient": True, "scorenet_weight": 1.0,
         }  # fmt: skip
     return {
-        "block": at(3 / 7 if both else 2 / 7), "tau": 2.0, "rho": 0.005 * 256 / facts.tokens,
-        "stop_gradient": False, "scorenet_weight": 0.001,
+        "block": at(3 / 7 if both else 2 / 7), "tau": round(tau, 4),
+        "rho": 0.005 * 256 / facts.tokens, "stop_gradient": False, "scorenet_weight": 0.001,
     }  # fmt: skip
 
 
@@ -134,13 +140,23 @@ def build_mixing(
     )
 
 
+def token_settings(mixing: vitmix.MixingModel) -> list[str]:
+    """The token stages with all their settings, defaults included, in words."""
+    found = []
+    for stage in mixing.tokens:
+        names = [name for name in inspect.signature(type(stage)).parameters if hasattr(stage, name)]
+        settings = ", ".join(f"{name}={getattr(stage, name)!r}" for name in names)
+        found.append(f"{type(stage).__name__}({settings})")
+    return found
+
+
 def _token_settings(
     spec: MethodSpec, config: TrainConfig, model: nn.Module, img_size: int, num_classes: int
 ) -> list[tuple[Part, dict[str, Any]]]:
     """Arguments of each token stage: defaults, then the method file, then the command line."""
     if not spec.tokens:
         return []
-    facts = ModelFacts.of(model, img_size, least_cross_entropy(num_classes, config.smoothing))
+    facts = ModelFacts.of(model, img_size, num_classes, config.smoothing)
     names = {part.name for part in spec.tokens}
     both = {"horizontal", "vertical"} <= names
     chosen = []
