@@ -32,6 +32,7 @@ MARK = "<!-- below this line: written by python studies/page.py -->"
 COMMANDS_OF_STUDIES = (
     "vitmix study digits --results results/digits",
     "vitmix study studies/mask-digits.yaml --out runs/digits --results results/digits",
+    "vitmix study studies/tau-digits.yaml --out runs/digits --results results/digits",
     "vitmix study localisation --data path/to/tiny-imagenet-20 --results results/localisation",
     "vitmix study cifar10-few --data path/to/cifar10-5k --results results/cifar10-few",
     "vitmix study studies/mask-cifar10-few.yaml --data path/to/cifar10-5k "
