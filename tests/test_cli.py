@@ -133,7 +133,8 @@ def test_train_then_evaluate_prints_the_same(
 ) -> None:
     assert main(train(tmp_path, "--method", "tokenmixup", "--name", "run")) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[4].startswith("epoch 1/1  loss")  # plain lines: stdout is not a terminal
+    assert lines[3].startswith("        HorizontalTokenMixup: block=1, tau=1.0, rho=0.08")
+    assert lines[6].startswith("epoch 1/1  loss")  # plain lines: stdout is not a terminal
     top1 = next(line for line in lines if line.startswith("top-1")).split()[1]
     assert main(["evaluate", str(tmp_path / "runs" / "run")]) == 0
     assert capsys.readouterr().out.split()[1] == top1
