@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import vitmix
 from vitmix.models.cct import CCT
 
 NUM_CLASSES = 7
@@ -86,6 +87,22 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "vit-unfused": make_unfused,
     "deit-distilled": make_distilled,
 }
+
+
+def aligned_targets(
+    model: nn.Module, backbone: vitmix.Backbone, images: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """Targets of a step with boxes and aligned labels, by a description of the model."""
+    mixing = vitmix.MixingModel(
+        model,
+        mix=vitmix.CutMix(),
+        labels=vitmix.TokenAlignedLabels(),
+        num_classes=NUM_CLASSES,
+        backbone=backbone,
+        generator=torch.Generator().manual_seed(0),
+    )
+    targets: torch.Tensor = mixing.train()(images, labels).targets
+    return targets
 
 
 def batch(size: int = 6, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

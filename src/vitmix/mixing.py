@@ -139,12 +139,6 @@ class MixingModel(nn.Module):
         require_kind("labels", labels, (LabelRule,))
         if num_classes < 2:
             raise InputError(f"expected `num_classes` of at least 2, got {num_classes}")
-        if labels.num_classes not in (None, num_classes):
-            raise InputError(
-                f"expected a teacher of the same {num_classes} classes, got one of "
-                f"{labels.num_classes}; one that has them among others is given as a function of "
-                "images and classes"
-            )
         if not 0.0 <= label_smoothing < 1.0:
             raise InputError(f"expected `label_smoothing` in [0, 1), got {label_smoothing}")
         require_kind("backbone", backbone, (Backbone, type(None)))
@@ -152,7 +146,7 @@ class MixingModel(nn.Module):
             only_pixels = not tokens and labels.known_before_forward
             backbone = describe_pixels(model) if only_pixels else describe(model)
         backbone.require_part_of(model)
-        require_fit(backbone, labels, tokens)
+        require_fit(backbone, labels, tokens, num_classes)
         # Weights that are quantised have whole numbers for parameters.
         floating = (value for value in model.parameters() if value.is_floating_point())
         like = next(floating, torch.empty(0))

@@ -174,9 +174,10 @@ def _note(mixing: MixingModel, trace: MixTrace) -> str:
                 "more, inf mixes all."
             )
         else:
-            easy = "no sample is below tau, which follows the batches, or " * isinstance(tau, str)
+            follows = isinstance(tau, str)
+            gate = "no sample is below tau, which follows the batches, or " if follows else ""
             notes.append(
-                f"No tokens were replaced at block {block}: {easy}no partner has one that is "
+                f"No tokens were replaced at block {block}: {gate}no partner has one that is "
                 "more salient by rho; a smaller rho replaces more."
             )
     return " ".join(notes)

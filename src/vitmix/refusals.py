@@ -35,13 +35,22 @@ def require_kind(name: str, value: object, kinds: tuple[type, ...]) -> None:
         raise InputError(f"expected `{name}` as {expected}, got {type(value).__name__}")
 
 
-def require_fit(backbone: Backbone, labels: LabelRule, stages: Sequence[TokenStage]) -> None:
+def require_fit(
+    backbone: Backbone, labels: LabelRule, stages: Sequence[TokenStage], num_classes: int
+) -> None:
     """Check that a model takes a label rule and token stages, and that these go together.
 
     Raises:
         UnsupportedModelError: something in the model that cannot be followed.
-        InputError: a stage that has no place in it, or not beside the others.
+        InputError: a stage that has no place in it, or not beside the others; or a teacher of
+            another number of classes.
     """
+    if labels.num_classes not in (None, num_classes):
+        raise InputError(
+            f"expected a teacher of the same {num_classes} classes, got one of "
+            f"{labels.num_classes}; one that has them among others is given as a function of "
+            "images and classes"
+        )
     for stage in stages:
         require_kind("tokens", stage, (TokenMixer, VerticalTokenMixup))
         for block in stage.blocks:

@@ -47,7 +47,7 @@ from vitmix.train.saving import (
     WholeFiles,
     restored_signals,
 )
-from vitmix.train.stages import build_mixing, token_settings
+from vitmix.train.stages import build_mixing, stages_in_words
 from vitmix.train.teachers import named_teacher
 from vitmix.train.transfer import freeze_backbone, load_start, normalised, read_start
 from vitmix.train.trial import try_step
@@ -187,7 +187,7 @@ def _train_run(
             print(f"resume  after step {steps}", flush=True)
     if teacher is not None and config.teacher == "auto":
         _fill_teacher(teacher, config, data, teacher_run, folder, label, processes)
-    facts = make_facts(config, data, token_settings(mixing), teacher, init)
+    facts = make_facts(config, data, stages_in_words(mixing), teacher, init)
     if saved is not None:
         check_origin(saved["vitmix"], facts)
     loader = make_loader(data, config, train=True, processes=processes)

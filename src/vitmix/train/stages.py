@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vitmix.maps import TeacherMaps
     from vitmix.train.config import TrainConfig
 
-__all__ = ["build_mixing", "token_settings"]
+__all__ = ["build_mixing", "stages_in_words"]
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def build_mixing(
     )
 
 
-def token_settings(mixing: vitmix.MixingModel) -> list[str]:
+def stages_in_words(mixing: vitmix.MixingModel) -> list[str]:
     """The token stages with all their settings, defaults included, in words."""
     found = []
     for stage in mixing.tokens:
