@@ -236,6 +236,7 @@ BAD_OPTIONS = [
     (["evaluate", "/no/run", "--precision", "fp8"], "--precision to be fp32, bf16 or fp16"),
     (["evaluate", "/no/run", "--device", "abacus"], "--device abacus"),
     (["compare", "--methods", "none,none"], "different methods"),
+    (["compare", "--methods", "none,mixup", "--mixup", "0.8"], "none and mixup, which are"),
     (["compare", "--methods", "none,cutmx"], "did you mean 'cutmix'"),
     (["compare", "--seeds", "x"], "--seeds"),
     (["compare", "--data", "fake", "--ratio", "0.8", "1.2"], "expected --scale with --ratio"),

@@ -680,6 +680,14 @@ def test_the_command_of_a_report_does_it_again(settings: TrainConfig, seeds: lis
     assert again == settings
 
 
+def test_rows_are_named_by_what_all_of_them_got(tmp_path: Path) -> None:
+    config = small(tmp_path, tau=None, mixup=0.8, max_steps=1, epochs=1)
+    assert [row["method"] for row in compare(config, ["none", "tl-align"], [0]).summaries] == [
+        "none (mixup)",
+        "tl-align (mixup+cutmix+aligned)",
+    ]
+
+
 def test_comparison_writes_table_plots_and_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,7 +16,7 @@ from vitmix.plots.style import LIGHT, themed
 from vitmix.train.checkpoint import make_model
 from vitmix.train.data import load_data
 from vitmix.train.folder import MARKER, claim_folder, replacing, write_json, write_text
-from vitmix.train.methods import method_of, unused_options
+from vitmix.train.methods import method_name, method_of, unused_options
 from vitmix.train.parallel import Processes
 from vitmix.train.provenance import commit, versions
 from vitmix.train.recipes import settings_under
@@ -98,6 +98,7 @@ def compare(
         )
     data = load_data(config)
     settled = {method: _settings_of(config, method) for method in methods}
+    titles = _titles(settled)
     for chosen in settled.values():
         try_method(chosen, data)
     if config.init is not None and resume is None:
@@ -135,14 +136,12 @@ def compare(
         results[method].append(run.results)
         if method == "none":
             plain[seed] = run.folder
-        write_json(folder / "compare.json", _document(config, seeds, results))
-    summaries = [summarise(method, results[method]) for method in methods]
+        write_json(folder / "compare.json", _document(config, seeds, titles, results))
+    summaries = [summarise(titles[method], results[method]) for method in methods]
     rows = table_rows(summaries)
     write_text(folder / "compare.md", as_markdown(header(summaries), rows))
     metrics = {
-        Path(method).stem: [
-            read_metrics(folder / f"{Path(method).stem}-seed{seed}") for seed in seeds
-        ]
+        titles[method]: [read_metrics(folder / f"{Path(method).stem}-seed{seed}") for seed in seeds]
         for method in methods
     }
     with themed(LIGHT):
@@ -165,12 +164,35 @@ def _settings_of(config: TrainConfig, method: str) -> TrainConfig:
     return replace(config.without(unused_options(spec)), method=method)
 
 
+def _titles(settled: dict[str, TrainConfig]) -> dict[str, str]:
+    """What to call the rows: what a method became follows where all rows got a stage.
+
+    Raises:
+        InputError: two rows are the same method.
+    """
+    first: dict[str, str] = {}
+    titles = {}
+    for method, config in settled.items():
+        stem, whole = Path(method).stem, method_name(config)
+        same = first.setdefault(repr(method_of(config)), stem)
+        if same != stem:
+            raise InputError(
+                f"expected --methods to be different methods, got {same} and {stem}, which are the "
+                f"same ({whole}) with the other options; leave one out"
+            )
+        titles[method] = stem if whole == stem else f"{stem} ({whole})"
+    return titles
+
+
 def _document(
-    config: TrainConfig, seeds: Sequence[int], results: dict[str, list[dict[str, Any]]]
+    config: TrainConfig,
+    seeds: Sequence[int],
+    titles: dict[str, str],
+    results: dict[str, list[dict[str, Any]]],
 ) -> dict[str, Any]:
     """What ``compare.json`` holds; complete after every run."""
     return {
-        "methods": [summarise(method, runs) for method, runs in results.items() if runs],
+        "methods": [summarise(titles[method], runs) for method, runs in results.items() if runs],
         "seeds": list(seeds),
         "config": config.to_dict(),
         "commit": commit(),
