@@ -89,10 +89,15 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def aligned_targets(
-    model: nn.Module, backbone: vitmix.Backbone, images: torch.Tensor, labels: torch.Tensor
-) -> torch.Tensor:
-    """Targets of a step with boxes and aligned labels, by a description of the model."""
+def aligned_step(
+    model: nn.Module,
+    backbone: vitmix.Backbone,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    record: bool = False,
+) -> Any:
+    """What a step with boxes and aligned labels gives, by a description of the model."""
     mixing = vitmix.MixingModel(
         model,
         mix=vitmix.CutMix(),
@@ -101,8 +106,7 @@ def aligned_targets(
         backbone=backbone,
         generator=torch.Generator().manual_seed(0),
     )
-    targets: torch.Tensor = mixing.train()(images, labels).targets
-    return targets
+    return mixing.train()(images, labels, record=record)
 
 
 def batch(size: int = 6, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

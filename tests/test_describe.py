@@ -13,7 +13,7 @@ from torch import nn
 
 import vitmix
 from contract import horizontal, wrap
-from models import FAMILIES, NUM_CLASSES, SIZE, aligned_targets, batch, make_vit
+from models import FAMILIES, NUM_CLASSES, SIZE, aligned_step, batch, make_vit
 from more_models import (
     MORE_FAMILIES,
     logits_of,
@@ -265,7 +265,7 @@ def test_a_part_that_is_known_is_named_and_can_be_described() -> None:
     with pytest.raises(vitmix.UnsupportedModelError, match="'1' is a timm VisionTransformer"):
         vitmix.describe(whole)
     known = vitmix.describe(vit)
-    assert torch.equal(*(aligned_targets(model, known, *batch()) for model in (vit, whole)))
+    assert torch.equal(*(aligned_step(model, known, *batch()).targets for model in (vit, whole)))
 
 
 def test_no_library_is_imported() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 import vitmix
 from home_made import FromEncoder, FromPairs, HandWritten, InStages
-from models import NUM_CLASSES, SIZE, aligned_targets, batch, make_vit
+from models import NUM_CLASSES, SIZE, aligned_step, batch, make_vit
 from more_models import BACKBONES, MORE_FAMILIES
 from recorders import CallRecorder
 from staged_models import STAGED, images_for
@@ -178,16 +178,9 @@ def test_scores_of_image_tokens_alone() -> None:
         model, list(model.vit.blocks), grid=(4, 4), embed_dim=32, num_prefix_tokens=1,
         pooling="sequence", pool_scores=model.score,
     )  # fmt: skip
-    mixing = vitmix.MixingModel(
-        model,
-        mix=vitmix.CutMix(),
-        labels=vitmix.TokenAlignedLabels(),
-        num_classes=NUM_CLASSES,
-        backbone=backbone,
-    ).train()
     found: list[torch.Tensor] = []
     model.score.register_forward_hook(lambda module, args, output: found.append(output.detach()))
-    out = mixing(*batch(), record=True)
+    out = aligned_step(model, backbone, *batch(), record=True)
     _, mixture = out.trace.record.history[-1]
     expected = (mixture.shares[:, 1:] * found[0].softmax(1)).sum(1)
     torch.testing.assert_close(out.trace.weights, expected)
@@ -203,7 +196,7 @@ def test_class_attention_by_hand() -> None:
         pooling="class_attention", class_layers=len(cait.blocks_token_only),
     )  # fmt: skip
     images = images_for("cait")
-    assert torch.equal(*(aligned_targets(cait, found, *images) for found in (known, by_hand)))
+    assert torch.equal(*(aligned_step(cait, found, *images).targets for found in (known, by_hand)))
 
 
 @pytest.mark.parametrize(

@@ -177,8 +177,8 @@ def _titles(settled: dict[str, TrainConfig]) -> dict[str, str]:
         same = first.setdefault(repr(method_of(config)), stem)
         if same != stem:
             raise InputError(
-                f"expected --methods to be different methods, got {same} and {stem}, which are the "
-                f"same ({whole}) with the other options; leave one out"
+                f"expected --methods to be different methods, got {same} and {stem}, which are "
+                f"both {whole} with the options given; leave one out"
             )
         titles[method] = stem if whole == stem else f"{stem} ({whole})"
     return titles
