@@ -172,6 +172,8 @@ def _difference(found: dict[str, Any] | None) -> str:
 
     >>> _difference({"mean": 1.0, "seeds": 1}), _difference(paired([1.0, 1.5], [0.0, 1.0]))
     ('+1.00', '+0.75 ± 3.18, p 0.205 (n.s.)')
+    >>> _difference(paired([1.0, 2.001, 3.0], [0.0, 1.0, 2.0]))
+    '+1.00 ± 0.00, p < 0.001'
     """
     if found is None:
         return ""
@@ -181,7 +183,8 @@ def _difference(found: dict[str, Any] | None) -> str:
     text += f" ± {found['half_width']:.2f}"
     if found["p"] is None:
         return text
-    return f"{text}, p {found['p']:.3f}{' (n.s.)' if found['p'] >= 0.05 else ''}"
+    p = "p < 0.001" if found["p"] < 0.0005 else f"p {found['p']:.3f}"  # no chance is zero
+    return f"{text}, {p}{' (n.s.)' if found['p'] >= 0.05 else ''}"
 
 
 def show(study: Study, results: Runs, seeds: int) -> str:
