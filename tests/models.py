@@ -96,7 +96,7 @@ def aligned_step(
     labels: torch.Tensor,
     *,
     record: bool = False,
-) -> Any:
+) -> vitmix.MixOutput:
     """What a step with boxes and aligned labels gives, by a description of the model."""
     mixing = vitmix.MixingModel(
         model,
@@ -106,7 +106,8 @@ def aligned_step(
         backbone=backbone,
         generator=torch.Generator().manual_seed(0),
     )
-    return mixing.train()(images, labels, record=record)
+    output: vitmix.MixOutput = mixing.train()(images, labels, record=record)
+    return output
 
 
 def batch(size: int = 6, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

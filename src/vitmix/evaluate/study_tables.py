@@ -183,7 +183,7 @@ def _difference(found: dict[str, Any] | None) -> str:
     text += f" ± {found['half_width']:.2f}"
     if found["p"] is None:
         return text
-    p = "p < 0.001" if found["p"] < 0.0005 else f"p {found['p']:.3f}"  # no chance is zero
+    p = "p < 0.001" if found["p"] < 0.0005 else f"p {found['p']:.3f}"
     return f"{text}, {p}{' (n.s.)' if found['p'] >= 0.05 else ''}"
 
 
